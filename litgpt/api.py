@@ -1,0 +1,395 @@
+"""The Python interface: load a model, ask it, train it, save it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from statistics import mean, stdev
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt import names
+from litgpt.cache import Cache
+from litgpt.checkpoint import copy_side_files, load_model, write_checkpoint
+from litgpt.config import Config
+from litgpt.errors import MissingFile, UserError
+from litgpt.generate.decode import CHUNK, RowState, complete, stream_text
+from litgpt.generate.run import check_quantize, stop_tokens
+from litgpt.hardware import compute_dtype, find_device, parse_devices, peak_memory_gb, products_dtype
+from litgpt.loss import IGNORED
+from litgpt.model import GPT
+from litgpt.prompts import PromptStyle, as_messages, encode_prompt, find_prompt_style, save_prompt_style
+from litgpt.scripts.download import find_checkpoint
+from litgpt.tokenizer import Tokenizer
+
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or messages with `role` and `content`
+
+
+class LLM(nn.Module):
+    """A model with its tokenizer and prompt style; `LLM.load` makes one.
+
+    Its `state_dict` is the model's own, without a prefix.
+
+    Args:
+        model: The model, or None until `distribute` or `trainer_setup` loads it.
+        preprocessor: Turns text into ids and back.
+        prompt_style: How prompts are written.
+        config: The architecture.
+        checkpoint_dir: Where the weights come from; None for a randomly initialised model.
+        tokenizer_dir: Where the tokenizer comes from.
+    """
+
+    def __init__(
+        self,
+        model: GPT | None,
+        preprocessor: "Preprocessor",
+        prompt_style: PromptStyle,
+        config: Config,
+        checkpoint_dir: Path | None,
+        tokenizer_dir: Path,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessor, self.prompt_style, self.config = preprocessor, prompt_style, config
+        self.checkpoint_dir, self.tokenizer_dir = checkpoint_dir, tokenizer_dir
+        self.devices = 1
+        self.generate_strategy: str | None = None
+        self.fixed_kv_cache_size: int | None = None
+        self._cache: Cache | None = None  # kept between calls if its size is fixed; a call takes it and puts it back
+        self.register_load_state_dict_pre_hook(_without_own_prefix)
+
+    # Loading
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        init: str = "pretrained",
+        tokenizer_dir: str | Path | None = None,
+        access_token: str | None = None,
+        distribute: str | None = "auto",
+    ) -> "LLM":
+        """Return a pretrained or finetuned model, or one with random weights.
+
+        Args:
+            model: A folder, a folder under `checkpoints/`, or a name on the Hugging Face hub, which is then downloaded. For random weights
+                the name of an architecture that `litgpt download list` shows.
+            init: "pretrained" or "random".
+            tokenizer_dir: The tokenizer's folder or name; by default the model's own. Random weights have none of their own.
+            access_token: A Hugging Face access token, for models that are downloaded and need one.
+            distribute: "auto" puts the model on this machine's device, ready to answer. None leaves it to `distribute` or `trainer_setup`,
+                which are called later.
+
+        Raises:
+            UserError: An argument is wrong, or a folder is damaged.
+            MissingFile: There is no such model.
+        """
+        if init not in ("pretrained", "random"):
+            raise UserError(f"`init` is 'pretrained' or 'random', but got {init!r}.")
+        if distribute not in ("auto", None):
+            raise UserError(f"`distribute` is 'auto' or None, but got {distribute!r}. For more choices call `.distribute()` afterwards.")
+        if init == "random" and tokenizer_dir is None:
+            raise UserError(
+                "A model with random weights has no tokenizer of its own. Say whose to use, like tokenizer_dir='EleutherAI/pythia-160m'."
+            )
+        needed = dict(access_token=access_token, needs_tokenizer=tokenizer_dir is None)
+        folder = find_checkpoint(model, **needed) if init == "pretrained" else None
+        tokens = folder if tokenizer_dir is None else find_checkpoint(tokenizer_dir, access_token=access_token, tokenizer_only=True)
+        config = Config.from_checkpoint(folder) if folder is not None else Config.from_name(str(model))
+        tokenizer = Tokenizer(tokens)
+        style = find_prompt_style(folder or tokens, tokenizer, config=config)
+        llm = cls(None, Preprocessor(tokenizer), style, config, folder, tokens)
+        if distribute is not None:
+            llm.distribute()
+        return llm
+
+    def distribute(
+        self,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        precision: str | None = None,
+        quantize: str | None = None,
+        generate_strategy: str | None = None,
+        fixed_kv_cache_size: int | str | None = None,
+    ) -> None:
+        """Put the model on a device, ready to generate. Changes of its weights in memory are kept.
+
+        Args:
+            accelerator: "auto" takes a GPU where there is one; else "cpu", "gpu", "cuda" or "mps".
+            devices: 1 or "auto": several devices are not supported yet.
+            precision: The type of the weights: "32-true", "bf16-true" or "16-true". By default the one that is fast on the device, or, if
+                the model is in memory already, the one that it has.
+            quantize: Not supported yet.
+            generate_strategy: Not supported yet.
+            fixed_kv_cache_size: Keep a memory of so many tokens between calls of `generate`, or "max_model_supported". By default each call
+                takes as much as it needs.
+
+        Raises:
+            UserError: An argument is wrong, or asks for what is not supported.
+        """
+        check_quantize(quantize)
+        if generate_strategy is not None:
+            raise UserError(f"`generate_strategy` {generate_strategy!r} needs several devices, which are not supported yet. Leave it out.")
+        if devices != "auto" and parse_devices(devices, accelerator) != 1:
+            raise UserError(f"`devices` {devices!r}: a model runs on one device so far. Use 1.")
+        self.fixed_kv_cache_size = self._checked_cache_size(fixed_kv_cache_size)
+        device = find_device(accelerator)
+        dtype = None if precision is None else products_dtype(precision)
+        if self.model is not None:
+            self.model.to(device=device, dtype=dtype)
+        else:
+            self.model = self._new_model(dtype or compute_dtype(accelerator), device)
+        self.model.eval()
+        self.preprocessor.device, self._cache = device, None
+
+    def trainer_setup(self, trainer_ckpt: str | Path | None = None) -> None:
+        """Load the model in fp32, ready to be trained by a Lightning `Trainer`.
+
+        Args:
+            trainer_ckpt: A checkpoint that such a Trainer saved; by default the weights that `LLM.load` named.
+
+        Raises:
+            MissingFile: There is no such file.
+            UserError: It does not hold this model.
+        """
+        self._cache = None
+        if trainer_ckpt is None:
+            self.model = self._new_model(torch.float32, "cpu").train()
+            return
+        weights = {name.partition(".")[2]: tensor for name, tensor in _read_trainer_state(Path(trainer_ckpt)).items()}
+        model = GPT(self.config)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1:2]
+            raise UserError(f"{trainer_ckpt} does not hold the weights of {self.config.name}: {''.join(first).strip()}") from None
+        self.model = model.train()
+
+    def _new_model(self, dtype: torch.dtype, device: torch.device | str) -> GPT:
+        if self.checkpoint_dir is not None:
+            return load_model(self.checkpoint_dir, dtype=dtype, device=device)
+        return GPT(self.config).to(device=device, dtype=dtype)
+
+    def _checked_cache_size(self, size: int | str | None) -> int | None:
+        most = self.config.block_size
+        if size is None or size == "max_model_supported":
+            return None if size is None else most
+        if not isinstance(size, int) or not 1 < size <= most:
+            raise UserError(f"`fixed_kv_cache_size` is 'max_model_supported' or from 2 to the model's {most} tokens, but got {size!r}.")
+        return size
+
+    # Generating
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sys_prompt: str | None = None,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        return_as_token_ids: bool = False,
+        stream: bool = False,
+        seed: int | None = None,
+    ) -> str | Tensor | Iterator[str] | Iterator[Tensor]:
+        """Return the answer to a prompt, without the prompt. It ends at the latest where the model's context is full.
+
+        Args:
+            prompt: A text, which is put into the model's prompt style, or a list of messages with `role` and `content`.
+            sys_prompt: A system prompt; by default the prompt style's own.
+            max_new_tokens: The most tokens that the answer may have.
+            temperature: Above 1 the answers vary more, below 1 less; 0 always takes the likeliest token.
+            top_k: Choose each token among the k likeliest ones only; None among all.
+            top_p: Choose each token among the fewest likeliest ones whose probabilities reach this sum.
+            return_as_token_ids: Return ids (T,), of which the last may be the end token, instead of text.
+            stream: Return an iterator that yields pieces of text, or ids (1,) without the end token, as they are made.
+            seed: Makes the answer repeatable; by default `torch.manual_seed` does.
+
+        Raises:
+            UserError: An argument is out of its range, the prompt is longer than the context, or the model is not loaded yet.
+        """
+        row = RowState(temperature, top_k, top_p, seed=seed)
+        ids = encode_prompt(self.prompt_style, self.tokenizer, as_messages(prompt), sys_prompt=sys_prompt)
+        steps = self._steps(ids, row, max_new_tokens, include_stop=return_as_token_ids and not stream)
+        if return_as_token_ids:
+            pieces = (torch.tensor([token], device=self.preprocessor.device) for new in steps for token in new)
+            return pieces if stream else torch.cat(list(pieces))
+        pieces = stream_text(self.tokenizer, steps)
+        return pieces if stream else "".join(pieces)
+
+    def _steps(self, ids: list[int], row: RowState, max_new_tokens: int, include_stop: bool = False) -> Iterator[list[int]]:
+        """Check everything and return what yields the new tokens of each step."""
+        if self.model is None:
+            raise UserError("The model is not loaded yet. Call `.distribute()` to generate, or `.trainer_setup()` to train.")
+        if self.fixed_kv_cache_size is None:
+            return complete(self.model, ids, row, max_new_tokens, stop_tokens(self.prompt_style, self.tokenizer), include_stop)
+        size, cache, self._cache = self.fixed_kv_cache_size, self._cache, None
+        if cache is None:
+            cache = self.model.new_cache(1, size, chunk=min(CHUNK, size))
+        cache.truncate(0, 0)
+        stop = stop_tokens(self.prompt_style, self.tokenizer)
+        steps = complete(self.model, ids, row, max_new_tokens, stop, include_stop, cache)
+        return self._returning(steps, cache)
+
+    def _returning(self, steps: Iterator[list[int]], cache: Cache) -> Iterator[list[int]]:
+        try:
+            yield from steps
+        finally:
+            self._cache = cache
+
+    @property
+    def kv_cache_initialized(self) -> bool:
+        """Whether a memory of fixed size is kept for the next call."""
+        return self._cache is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        return self.preprocessor.tokenizer
+
+    # Training
+
+    def forward(
+        self, input_ids: Tensor, target_ids: Tensor | None = None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits (B, T, V), or with targets logits and loss.
+
+        Args:
+            input_ids: Token ids, (B, T).
+            target_ids: The same ids again, (B, T), with -100 where they do not count: each position's target is the id behind it.
+            loss_fn: Takes logits (B, T - 1, V) and targets (B, T - 1); by default the mean cross entropy.
+        """
+        if self.model is None:
+            raise UserError("The model is not loaded yet. Call `.trainer_setup()` to train, or `.distribute()` to generate.")
+        logits = self.model(input_ids)
+        if target_ids is None:
+            return logits
+        predictions, targets = logits[..., :-1, :], target_ids[..., 1:]
+        if loss_fn is not None:
+            return logits, loss_fn(predictions, targets)
+        return logits, F.cross_entropy(predictions.flatten(0, -2).float(), targets.flatten().long(), ignore_index=IGNORED)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the model's own state."""
+        return {} if self.model is None else self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the model's own state."""
+        if self.model is None:
+            raise UserError("The model is not loaded yet. Call `.trainer_setup()` or `.distribute()` first.")
+        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    # Saving and measuring
+
+    def save(self, out_dir: str | Path, prompt_style: str | PromptStyle | None = None) -> None:
+        """Write a complete checkpoint folder, which every command, `LLM.load` and transformers can load.
+
+        Args:
+            out_dir: A folder that does not exist yet.
+            prompt_style: How prompts are to be written; by default as they are now.
+
+        Raises:
+            UserError: The folder exists, or the disk is full.
+        """
+        if self.model is None:
+            raise UserError("There is nothing to save: the model is not loaded. Call `.distribute()` or `.trainer_setup()` first.")
+        style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style or self.prompt_style
+
+        def add_tokenizer_and_style(folder: Path) -> None:
+            if self.tokenizer_dir != self.checkpoint_dir:
+                for name in names.TOKENIZER_FILES:
+                    (folder / name).unlink(missing_ok=True)
+                copy_side_files(self.tokenizer_dir, folder)
+            save_prompt_style(style, folder)
+
+        source = self.checkpoint_dir or self.tokenizer_dir
+        write_checkpoint(Path(out_dir), self.model.state_dict(), self.model.config, source=source, extras=add_tokenizer_and_style)
+
+    def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str | Tensor, dict[str, list[float]]]:
+        """Generate some times, and return the last answer and what was measured.
+
+        Args:
+            num_iterations: How often to generate.
+            kwargs: The arguments of `generate`.
+        """
+        if num_iterations < 1:
+            raise UserError(f"`num_iterations` must be at least 1, but got {num_iterations}.")
+        results: dict[str, list[float]] = {}
+        for _ in range(num_iterations):
+            answer, measured = self._measured(**kwargs)
+            for name, value in measured.items():
+                results.setdefault(name, []).append(value)
+        return answer, results
+
+    def _measured(self, **kwargs: Any) -> tuple[str | Tensor, dict[str, float]]:
+        as_ids = kwargs.pop("return_as_token_ids", False)
+        start = perf_counter()
+        ids = self.generate(**kwargs | dict(return_as_token_ids=True, stream=True))
+        first = list(next(ids, ()))
+        seconds_to_first = perf_counter() - start
+        made = torch.stack([*first, *chain.from_iterable(ids)]) if first else torch.empty(0, dtype=torch.long)
+        answer = made if as_ids else self.tokenizer.decode(made)
+        seconds = perf_counter() - start
+        measured = {
+            "Seconds total": seconds,
+            "Seconds to first token": seconds_to_first,
+            "Tokens generated": len(made),
+            "Inference speed in tokens/sec": len(made) / seconds,
+        }
+        if self.preprocessor.device.type == "cuda":
+            measured["Total GPU memory allocated in GB"] = peak_memory_gb(self.preprocessor.device)
+        return answer, measured
+
+
+class Preprocessor:
+    """Turns text into token ids on a device and back.
+
+    Args:
+        tokenizer: The tokenizer.
+        device: Where ids go.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device | str = "cpu") -> None:
+        self.tokenizer, self.device = tokenizer, torch.device(device)
+
+    def encode(self, text: str) -> Tensor:
+        """Return the ids of a text, (T,)."""
+        return self.tokenizer.encode(text, device=self.device)
+
+    def decode(self, token_ids: Tensor) -> str:
+        """Return the text of some ids."""
+        return self.tokenizer.decode(token_ids)
+
+
+def calculate_number_of_devices(devices: int | str | Sequence[int]) -> int:
+    """Return how many devices a number, "auto" or a list of indices names."""
+    return parse_devices(devices) if isinstance(devices, int | str) else len(devices)
+
+
+def benchmark_dict_to_markdown_table(results: Mapping[str, Sequence[float]]) -> str:
+    """Return what `LLM.benchmark` measured as a Markdown table of means and standard deviations."""
+    lines = [f"| {'Metric':<35} | {'Mean':<27} | {'Std Dev':<27} |", f"|{'-' * 37}|{'-' * 29}|{'-' * 29}|"]
+    for name, values in results.items():
+        deviation = stdev(values) if len(values) > 1 else float("nan")
+        lines.append(f"| {name:<35} | {mean(values):<27.2f} | {deviation:<27.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _read_trainer_state(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise MissingFile(f"There is no file {str(file)!r}.")
+    try:
+        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return loaded["state_dict"]
+    except Exception as error:
+        raise UserError(f"{file} is no checkpoint of a Lightning Trainer that can be read safely: {error}") from None
+
+
+def _without_own_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a module that holds an `LLM` load what its `state_dict` saved: names without the `model.` of ours."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)

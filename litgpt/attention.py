@@ -1,0 +1,150 @@
+"""Who may look at whom: masks from positions and segments, and the attention that uses them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt.cache import KeyValues, Span, upload
+from litgpt.rope import Rope
+
+
+class Segments:
+    """The sequences that are packed into one row, (1, N), in order. Each one's positions start at 0.
+
+    With `lengths` as Python ints every segment is computed on its own, without a mask. A compiled model must not see them,
+    for it would be compiled anew for every packing: `without_lengths` masks by ids instead.
+
+    Args:
+        lengths: How many tokens each segment has.
+        device: Where the model computes.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        self.lengths: list[int] | None = list(lengths)
+        self.ids = upload([[i for i, n in enumerate(lengths) for _ in range(n)]], device)  # (1, N)
+        self.positions = upload([[place for n in lengths for place in range(n)]], device)  # (1, N)
+        self.ends = upload(list(accumulate(lengths)), device)  # (n,)
+
+    def without_lengths(self) -> "Segments":
+        """Return the same segments, known by ids only."""
+        segments = Segments.__new__(Segments)
+        segments.lengths, segments.ids, segments.positions, segments.ends = None, self.ids, self.positions, self.ends
+        return segments
+
+
+class Mask(NamedTuple):
+    """What queries see: everything, everything up to themselves (`causal`), or what `visible` says."""
+
+    visible: Tensor | None = None  # (B, 1, T, S), True where a query sees a key
+    causal: bool = False
+
+
+@dataclass
+class Context:
+    """What every layer needs to know about the tokens of one call."""
+
+    rotation: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, T, 1, n)
+    masks: dict[int | None, Mask]  # by window
+    tokens: Tensor | None = None  # (B, T), False where a position is padding; None if there is none
+    ids: Tensor | None = None  # (B, T), the segment of every token
+    span: Span | None = None
+    pieces: list[tuple[slice, "Context"]] | None = None  # packed tokens, segment by segment
+
+
+def new_context(
+    idx: Tensor,
+    positions: Tensor | None,
+    segments: Segments | None,
+    span: Span | None,
+    windows: Iterable[int | None],
+    rope: Rope,
+    dtype: torch.dtype,
+) -> Context:
+    """Return positions, rotations and masks of one call; see `GPT.forward` for the arguments.
+
+    Args:
+        windows: The different windows that the model's layers have.
+        rope: The model's angles.
+        dtype: What queries and keys are computed in.
+    """
+    T, device = idx.size(1), idx.device
+    if span is not None:
+        positions = span.positions
+    elif segments is not None:
+        positions = segments.positions
+    places = torch.arange(T, device=device) if positions is None else positions
+    rotation = rope.rotation(places, T if span is None else span.cache.length, dtype)
+    context = Context(rotation, {}, span=span)
+    if span is not None and span.packed:
+        context.pieces = [(at, Context(None, {w: cached_mask(piece, w) for w in windows}, span=piece)) for at, piece in span.pieces()]
+    elif span is not None:
+        context.tokens = span.positions >= 0 if span.padded else None
+        context.masks = {w: cached_mask(span, w) for w in windows}
+    elif segments is not None and segments.lengths is not None:
+        starts = [0, *accumulate(segments.lengths)]
+        spans = zip(starts[:-1], starts[1:], strict=True)
+        context.pieces = [(slice(a, b), Context(None, {w: causal_mask(b - a, w, device) for w in windows})) for a, b in spans]
+    elif positions is None:
+        context.masks = {w: causal_mask(T, w, device) for w in windows}
+    else:
+        positions = positions.view(-1, T)
+        context.ids = None if segments is None else segments.ids
+        context.tokens = positions >= 0 if segments is None else None
+        context.masks = {w: Mask(visible(positions, positions, w, context.ids)) for w in windows}
+    return context
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None, ids: Tensor | None = None) -> Tensor:
+    """Return which of the positions (B, S) a query at (B, T) sees, (B, 1, T, S). Padding sees all, so that no row is empty."""
+    distance = queries.unsqueeze(2) - keys.unsqueeze(1)  # (B, T, S)
+    seen = (distance >= 0) & (keys >= 0).unsqueeze(1)
+    if window is not None:
+        seen &= distance < window
+    if ids is not None:
+        seen &= ids.unsqueeze(2) == ids.unsqueeze(1)
+    return (seen | (queries < 0).unsqueeze(2)).unsqueeze(1)
+
+
+def causal_mask(T: int, window: int | None, device: torch.device) -> Mask:
+    """Return what T tokens in a row see of each other."""
+    if window is None or T <= window:
+        return Mask(causal=T > 1)
+    places = torch.arange(T, device=device).unsqueeze(0)
+    return Mask(visible(places, places, window))
+
+
+def cached_mask(span: Span, window: int | None) -> Mask:
+    """Return what the tokens of a span see of the slots that attention reads."""
+    T = span.positions.size(1)
+    if span.aligned and (window is None or span.read <= window) and (T == 1 or T == span.read):
+        return Mask(causal=T > 1)
+    size = span.cache.sizes[window]
+    last = (span.ends - 1).unsqueeze(1)  # (B, 1)
+    slots = torch.arange(min(span.read, size), device=last.device)
+    held = last - (last - slots).remainder(size)  # (B, S), the position in each slot; negative where there is none yet
+    return Mask(visible(span.positions, held, window))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context, state: KeyValues | None) -> Tensor:
+    """Return what each query gathers from the keys it sees, (B, T, H, D); k and v are (B, T, G, D)."""
+    if state is not None:
+        state.write(k, v, context.span)
+    if context.pieces is None:
+        return _look(q, k, v, window, context, state)
+    return torch.cat([_look(q[:, at], k[:, at], v[:, at], window, piece, state) for at, piece in context.pieces], dim=1)
+
+
+def _look(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context, state: KeyValues | None) -> Tensor:
+    k, v = (k.transpose(1, 2), v.transpose(1, 2)) if state is None else state.read(context.span)  # (B, G, S, D)
+    mask, (B, T, H, D) = context.masks[window], q.shape
+    if T == 1 and H != k.size(1):  # the heads of a group are queries of one head: no key is repeated
+        y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, D), k, v, mask.visible)  # (B, G, H / G, D)
+        return y.reshape(B, 1, H, D)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask.visible, is_causal=mask.causal, enable_gqa=H != k.size(1))
+    return y.transpose(1, 2)

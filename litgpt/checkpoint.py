@@ -1,0 +1,463 @@
+"""Read and write checkpoint directories: Hugging Face's layout, LitGPT's, and the steps of our own runs."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litgpt import names
+from litgpt.config import Config
+from litgpt.errors import MissingFile, UserError
+from litgpt.lora import LoRA, LoRALinear, add_lora, lora_filter, merge_lora_weights
+from litgpt.model import GPT
+from litgpt.translate import adapter_to_peft, add_updates, dequantized, peft_updates, translate
+from litgpt.weights import interleaved_qkv
+
+MAX_SHARD_BYTES = 5_000_000_000
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+# Reading
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", model_class: Callable[[Config], GPT] = GPT
+) -> GPT:
+    """Return the model of a checkpoint directory, in eval mode; LoRA updates that lie beside its weights are merged in.
+
+    Args:
+        folder: Holds weights and the config that describes them, see DESIGN "Which file counts"; or a PEFT adapter, which names its base.
+        dtype: Of the parameters; by default as they are stored.
+        device: Where to put them.
+        model_class: Makes the model of its config.
+
+    Raises:
+        MissingFile: The folder lacks weights or config.
+        UserError: A file is damaged, or the weights do not fit the config.
+    """
+    if has_lora(folder):
+        model, _ = load_lora(folder, None, dtype, device, model_class)
+        merge_lora_weights(model)
+        return model.eval()
+    config = Config.from_checkpoint(folder)
+    weights = {name: _moved(tensor, dtype, device) for name, tensor in read_weights(folder, config)}
+    if not config.tie_embeddings and not hf_weight_files(folder) and _is_tied(weights):
+        config = replace(config, tie_embeddings=True)
+    return assemble(config, weights, str(folder), model_class)
+
+
+def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class: Callable[[Config], GPT] = GPT) -> GPT:
+    """Return a model that holds these tensors themselves, in eval mode.
+
+    Args:
+        config: The architecture.
+        weights: All parameters under our names; a tied head may be missing.
+        where: Where they come from, for error messages.
+        model_class: Makes the model of its config.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = model.state_dict()
+    if config.tie_embeddings:
+        expected.pop("lm_head.weight")
+        weights.pop("lm_head.weight", None)
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise UserError(f"{where} lacks {len(missing)} weights of the model that its config describes, first {missing[0]!r}.")
+    if extra := sorted(weights.keys() - expected.keys()):
+        raise UserError(f"{where} holds {len(extra)} weights that the model its config describes does not have, first {extra[0]!r}.")
+    for name, parameter in expected.items():
+        if weights[name].shape != parameter.shape:
+            shapes = f"{tuple(weights[name].shape)} and the config makes it {tuple(parameter.shape)}"
+            raise UserError(f"In {where} the shape of {name!r} is {shapes}. Config and weights are of different models.")
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie()
+    return model.eval()
+
+
+def read_weights(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a folder under our names, one after the other as they are read from the disk."""
+    if files := hf_weight_files(folder):
+        stream = (pair for file in files for pair in _read_file(file))
+        yield from translate(dequantized(stream, None), config.rules, config, to_ours=True)
+    elif (file := folder / names.LIT_WEIGHTS).is_file():
+        yield from _modern(_unwrapped(_load_pickle(file)), config)
+    elif (folder / names.RUN_STATE / names.STATE).is_file():
+        for file in sorted((folder / names.RUN_STATE).glob("*.safetensors")):
+            yield from ((name, tensor) for name, tensor in _read_file(file) if "/" not in name)
+    else:
+        raise MissingFile(f"{folder} holds no weights: neither *.safetensors nor *.bin nor {names.LIT_WEIGHTS}.")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the largest part of a folder's weights."""
+    sizes: dict[torch.dtype, int] = {}
+    for _, tensor in read_raw(folder):
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=sizes.__getitem__) if sizes else torch.float32
+
+
+def read_raw(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a folder under the names they are stored by."""
+    files = hf_weight_files(folder) or sorted((folder / names.RUN_STATE).glob("*.safetensors"))
+    if files:
+        yield from (pair for file in files for pair in _read_file(file))
+    elif (folder / names.LIT_WEIGHTS).is_file():
+        yield from _unwrapped(_load_pickle(folder / names.LIT_WEIGHTS)).items()
+    else:
+        raise MissingFile(f"{folder} holds no weights: neither *.safetensors nor *.bin nor {names.LIT_WEIGHTS}.")
+
+
+def hf_weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold Hugging Face's weights: safetensors, else `.bin`, else none."""
+    for index, single, pattern in (
+        (names.SAFETENSORS_INDEX, names.SAFETENSORS, "*.safetensors"),
+        (names.BIN_INDEX, names.BIN, "*.bin"),
+    ):
+        if (folder / index).is_file():
+            files = [folder / name for name in sorted(set(read_json(folder / index).get("weight_map", {}).values()))]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise MissingFile(f"{folder / index} names {missing[0]!r}, which is not there. Download the checkpoint again.")
+            return files
+        found = sorted(path for path in folder.glob(pattern) if path.name not in ("training_args.bin", names.ADAPTER_WEIGHTS))
+        if found:
+            return [folder / single] if (folder / single).is_file() else found
+    return []
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}. Download it again.") from None
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if file.suffix != ".safetensors":
+        yield from _unwrapped(_load_pickle(file)).items()
+        return
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged or cut off ({error}). Delete it and download it again.") from None
+
+
+def _load_pickle(file: Path) -> Any:
+    """Read a file of `torch.save`, which may hold tensors and plain values only."""
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(file, map_location="cpu", weights_only=True)  # the format of torch before 1.6
+    except Exception as error:  # torch raises almost anything for a file that is damaged
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(f"{file} holds more than tensors, and reading it could run any code. Only plain weights are read.") from None
+        raise UserError(f"{file} is damaged or no file of torch.save ({type(error).__name__}). Download or write it again.") from None
+
+
+def _unwrapped(loaded: Any) -> dict[str, Tensor]:
+    """Return the weights in what a `.pth` file holds: plain, under "model", or with the prefix of a compiled model."""
+    weights = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UserError("A weight file holds a dictionary of tensors, plain or under the key 'model', but this one does not.")
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
+
+
+def _modern(weights: dict[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
+    """Rename LitGPT's older `attn.attn` weights, whose rows are ordered by query group, to `attn.qkv`."""
+    old = "transformer.h.{}.attn.attn.*"
+    rule = [interleaved_qkv(old, "transformer.h.{}.attn.qkv.*")]
+    for name, tensor in weights.items():
+        match = re.fullmatch(r"(.*\.attn)\.attn\.(.*)", name)
+        if match is None:
+            yield name, tensor
+        elif match[2] in ("weight", "bias", "linear.weight", "linear.bias"):
+            plain = name.replace(".linear.", ".")
+            yield from translate([(plain, tensor)], rule, config, to_ours=True)
+        else:  # factors of LoRA: A is stacked by q, k, v in both layouts, and so is B
+            yield f"{match[1]}.qkv.{match[2]}", tensor
+
+
+def _moved(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _is_tied(weights: dict[str, Tensor]) -> bool:
+    """Say whether head and embedding are one matrix: LitGPT stores both and does not say."""
+    head, embedding = weights.get("lm_head.weight"), weights.get("transformer.wte.weight")
+    return head is not None and embedding is not None and head.shape == embedding.shape and torch.equal(head, embedding)
+
+
+# LoRA beside its base
+
+
+def has_lora(folder: Path) -> bool:
+    """Say whether a folder holds LoRA updates without merged weights: LitGPT's, PEFT's, or a step of a LoRA run."""
+    if hf_weight_files(folder) or (folder / names.LIT_WEIGHTS).is_file():
+        return False
+    if (folder / names.LIT_LORA).is_file() or (folder / names.ADAPTER_CONFIG).is_file():
+        return True
+    return (folder / names.RUN_STATE / names.STATE).is_file() and any("lora_" in name for name, _ in read_raw(folder))
+
+
+def load_lora(
+    folder: Path,
+    base: Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    model_class: Callable[[Config], GPT] = GPT,
+) -> tuple[GPT, Path]:
+    """Return the model that a folder's LoRA updates belong to, with them, and the folder of its base.
+
+    LitGPT's updates and those of our runs are wrapped around their layers (`merge_lora_weights` adds them); PEFT's are added already.
+
+    Args:
+        folder: See `has_lora`.
+        base: The model that was finetuned; by default the one that the folder names.
+        dtype: Of the base's parameters; by default as they are stored.
+        device: Where to put them.
+        model_class: Makes the model of its config.
+    """
+    if (folder / names.ADAPTER_CONFIG).is_file():
+        settings = read_json(folder / names.ADAPTER_CONFIG)
+        base = base or base_of(folder, settings.get("base_model_name_or_path"))
+        return _with_peft_adapter(folder, settings, base, dtype, device, model_class), base
+    hyperparameters = read_hyperparameters(folder)
+    base = base or base_of(folder, hyperparameters.get("checkpoint_dir"))
+    model = load_model(base, dtype, device, model_class)
+    add_lora(model, LoRA(**{key.removeprefix("lora_"): value for key, value in hyperparameters.items() if key.startswith("lora_")}))
+    stored = _unwrapped(_load_pickle(folder / names.LIT_LORA)) if (folder / names.LIT_LORA).is_file() else dict(read_raw(folder))
+    updates = {name: tensor for name, tensor in _modern(stored, model.config) if lora_filter(name, tensor) and "/" not in name}
+    expected = {name: parameter for name, parameter in model.named_parameters() if lora_filter(name, parameter)}
+    if updates.keys() != expected.keys() or any(updates[name].shape != expected[name].shape for name in updates):
+        raise UserError(f"The LoRA weights in {folder} do not fit the settings in its {names.HYPERPARAMETERS} and the base model {base}.")
+    model.load_state_dict({name: tensor.to(device) for name, tensor in updates.items()}, strict=False)
+    return model, base
+
+
+def _with_peft_adapter(
+    folder: Path,
+    settings: dict[str, Any],
+    base: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    model_class: Callable[[Config], GPT],
+) -> GPT:
+    """Return the base model with PEFT's updates added to its weights, which have Hugging Face's names in both."""
+    for key in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices"):
+        if settings.get(key):
+            raise UserError(f"{folder} uses PEFT's `{key}`, which is not supported. Merge it with PEFT first.")
+    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
+        raise UserError(f"{folder} is not a plain LoRA adapter of PEFT, the only kind that is read.")
+    if not hf_weight_files(base):
+        raise UserError(
+            f"{base} has no weights in Hugging Face's layout, which a PEFT adapter belongs to. Convert it with convert_from_litgpt."
+        )
+    config = Config.from_checkpoint(base)
+    updates = peft_updates(dict(_read_file(folder / names.ADAPTER_WEIGHTS)), settings, config)
+    stream = ((name, _moved(tensor, dtype, device)) for name, tensor in read_raw(base))
+    weights = dict(translate(add_updates(stream, updates), config.rules, config, to_ours=True))
+    return assemble(config, weights, str(folder), model_class)
+
+
+def read_hyperparameters(folder: Path) -> dict[str, Any]:
+    """Return the options of the run that wrote a folder."""
+    file = folder / names.HYPERPARAMETERS
+    if not file.is_file():
+        raise MissingFile(f"{folder} lacks {names.HYPERPARAMETERS}, which says how its LoRA weights were trained and beside which model.")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold the options of a run, but does not.")
+    return values
+
+
+def base_of(folder: Path, name: str | None) -> Path:
+    """Return the folder of the model that LoRA weights were trained beside, by the name they give it."""
+    for candidate in (Path(name), Path(names.CHECKPOINTS) / name, folder / name) if name else ():
+        if candidate.is_dir():
+            return candidate
+    raise MissingFile(
+        f"The base model {name!r} of {folder} is not there. Name it with: merge_lora {folder} --pretrained_checkpoint_dir DIR"
+    )
+
+
+# Writing
+
+
+@contextmanager
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder to write into that gets the name `path` once all is on the disk; on any error nothing is left.
+
+    Args:
+        path: The folder to make.
+        overwrite: Put it in the place of an existing one, which stays until the new one is complete.
+
+    Raises:
+        UserError: `path` exists and is not to be overwritten, or the disk is full or forbids writing.
+    """
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} already exists. Choose another folder, or delete it first.")
+    partial, previous = path.with_name(path.name + names.PARTIAL), path.with_name(path.name + ".old" + names.PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        sync(*(file for file in partial.rglob("*")), partial)
+        shutil.rmtree(previous, ignore_errors=True)
+        if path.exists():
+            path.rename(previous)
+        partial.rename(path)
+        sync(path.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if message := disk_error(error):
+            raise UserError(f"{path} could not be written: {message}") from error
+        raise
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Return a sentence for an error of the disk, or None for any other."""
+    number = error.errno if isinstance(error, OSError) and not isinstance(error, UserError) else None
+    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+        number = int(match[1])  # its own writer puts the number into the text
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full. Free some space, or choose a folder on another disk."
+    if number == errno.EFBIG:
+        return "the file would grow beyond what the system allows. Choose a folder on another disk."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "writing is not allowed there. Choose another folder."
+    return None
+
+
+def sync(*paths: Path) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_checkpoint(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: Config,
+    *,
+    source: Path | None = None,
+    dtype: torch.dtype | None = None,
+    extras: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a complete Hugging Face folder: weights, config, and the source's tokenizer and other side files. All or nothing.
+
+    Args:
+        folder: Where to.
+        weights: All parameters under our names.
+        config: Their architecture. One that no family of checkpoints can express is written under our own names.
+        source: The checkpoint directory they come from: its `config.json` and tokenizer files are carried over.
+        dtype: Of the weights; by default as they are.
+        extras: Writes further files into the folder.
+        overwrite: Replace an existing folder.
+    """
+    with atomic_folder(folder, overwrite) as partial:
+        write_weights(partial, weights, config, dtype)
+        write_config(partial, config, source, dtype or next(iter(weights.values())).dtype)
+        if source is not None:
+            copy_side_files(source, partial)
+        if extras is not None:
+            extras(partial)
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype | None = None) -> None:
+    """Write safetensors under Hugging Face's names, in shards of 5 GB, each written as soon as it is full."""
+    stream = ((name, tensor.detach()) for name, tensor in weights.items())
+    if config.family is not None:
+        stream = translate(stream, config.rules, config, to_ours=False)
+    elif config.tie_embeddings:
+        stream = ((name, tensor) for name, tensor in stream if name != "lm_head.weight")
+    write_shards(folder, ((name, _moved(tensor, dtype, "cpu").contiguous()) for name, tensor in stream))
+
+
+def write_shards(folder: Path, stream: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write tensors as `model.safetensors`, or as several files and their index where that would grow too large."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in stream:
+        if shard and size + tensor.nbytes > max_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / names.SAFETENSORS)
+        return
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, file in enumerate(files):
+        (folder / f"shard-{i}").rename(folder / file)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for i, held in enumerate(shards) for name in held}}
+    (folder / names.SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2))
+
+
+def write_config(folder: Path, config: Config, source: Path | None, dtype: torch.dtype) -> None:
+    """Write `config.json` after the source's, and `model_config.yaml`."""
+    original = read_json(source / names.CONFIG) if source is not None and (source / names.CONFIG).is_file() else None
+    if original is not None and original.get("model_type") != config.family:
+        original = None  # the tokenizer's folder may be that of another model
+    described = config.to_hf(original) if config.family is not None else config.to_own()
+    described["torch_dtype"] = described["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / names.CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    config.save(folder / names.LIT_CONFIG)
+
+
+def copy_side_files(source: Path, target: Path, *more: str) -> None:
+    """Copy the tokenizer's files, `generation_config.json` and the prompt style, where the target has none of its own."""
+    for name in (*names.TOKENIZER_FILES, names.GENERATION_CONFIG, names.PROMPT_STYLE, *more):
+        if (source / name).is_file() and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_adapter(folder: Path, model: GPT, lora: LoRA, base: str) -> None:
+    """Write the LoRA updates of a model as a PEFT adapter.
+
+    Args:
+        folder: An existing folder.
+        model: Still with its LoRA layers.
+        lora: Their settings.
+        base: The name or folder of the model they were trained beside.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    tensors, described = adapter_to_peft(layers, model.config, lora)
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / names.ADAPTER_WEIGHTS, metadata={"format": "pt"}
+    )
+    (folder / names.ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": base} | described, indent=2) + "\n")

@@ -1,0 +1,46 @@
+"""The two exceptions for users' mistakes, and how to name what was meant."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """A user's mistake, in one sentence that names the value, the rule and the way out."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file or folder that the user named, or that has to be there, is not."""
+
+    __str__ = ValueError.__str__  # not OSError's, which wants an errno
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest of the words, or nothing where none is near.
+
+    Args:
+        word: What the user typed.
+        words: What would have been right.
+    """
+    spelled = {known.lower(): known for known in words}
+    close = get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
+    return f" Did you mean {spelled[close[0]]!r}?" if close else ""
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """Import a package that only some features need.
+
+    Args:
+        module: The package to import.
+        extra: The extra of `pyproject.toml` that installs it.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise UserError(f"This needs the package {error.name!r}. Install it with: pip install -e '.[{extra}]'") from None

@@ -1,0 +1,186 @@
+"""What a family of checkpoints is: one `model_type` of Hugging Face's, described as data and used in both directions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from functools import cached_property
+from typing import Any
+
+from litgpt.weights import Rule, prefixed
+
+NOT_CARRIED = ("auto_map", "quantization_config")  # neither remote code nor quantized weights are exported
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One entry of `config.json` and the fields of our `Config` that hold the same."""
+
+    theirs: tuple[str, ...]
+    """All spellings that Hugging Face has used, the one that counts most first; a dot steps into a mapping."""
+    ours: tuple[str, ...]
+    """Our fields; all get the value, and the first one is written."""
+    default: Any
+    """Hugging Face's value, in its spelling, where the entry is left out."""
+    parse: Callable[[Any], Any]
+    """Turns their value into ours."""
+    format: Callable[[Any], Any]
+    """Turns ours into theirs."""
+
+    def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        """Return our fields of their `config.json`."""
+        spelled = [value for spelling in self.theirs for found, value in [_look_up(mapping, spelling)] if found]
+        value = next((value for value in spelled if value is not None), None) if spelled else self.default
+        return dict.fromkeys(self.ours, self.parse(value))
+
+    def write(self, mapping: dict[str, Any], fields: Mapping[str, Any]) -> None:
+        """Put our fields into their `config.json` in all spellings; an entry that says the same already stays as it is."""
+        value = fields[self.ours[0]]
+        for spelling in self.theirs:
+            found, present = _look_up(mapping, spelling)
+            if not found or not _says(self.parse, present, value):
+                _put(mapping, spelling, self.format(value))
+
+
+def field(
+    theirs: str | list[str],
+    ours: str | list[str],
+    default: Any = None,
+    parse: Callable[[Any], Any] = lambda value: value,
+    format: Callable[[Any], Any] = lambda value: value,
+) -> Field:
+    """Return a row of a family's table, see `Field`."""
+    return Field(*(tuple([names] if isinstance(names, str) else names) for names in (theirs, ours)), default, parse, format)
+
+
+@dataclass(frozen=True)
+class Brand:
+    """Checkpoints that one organisation published. In all patterns `{a,b}` stands for `a` and `b`, so each means a few exact names."""
+
+    org: str
+    """The organisation's name on the Hugging Face Hub."""
+    sizes: dict[str, dict[str, Any]]
+    """For each pattern of names the `Config` fields of its own."""
+    base: dict[str, Any] = dataclass_field(default_factory=dict)
+    """The `Config` fields that all have in common."""
+    prompt: str | dict[str, str] | None = None
+    """The prompt style they were tuned with; where only some were, a style for each pattern of names."""
+    published_as: dict[str, str] = dataclass_field(default_factory=dict)
+    """A pattern of names on the hub for each pattern of names that differ from those."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published checkpoint."""
+
+    name: str
+    org: str
+    hub_name: str
+    fields: dict[str, Any]
+    prompt: str | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """All checkpoints of one `model_type`."""
+
+    model_type: str
+    """What `config.json` calls it."""
+    architectures: list[str]
+    """The classes of transformers that hold such a language model; the first one is written."""
+    fields: list[Field]
+    """How `config.json` spells our fields."""
+    weights: list[Rule]
+    """How its weights are named and laid out."""
+    base: dict[str, Any]
+    """Our fields that are the same in all its checkpoints."""
+    brands: list[Brand]
+    """What has been published."""
+    wrappers: tuple[str, ...] = ()
+    """Multimodal types whose `text_config` is of this type."""
+    prefixes: tuple[tuple[str, str], ...] = ()
+    """How some files begin names, and how the rules of `weights` begin them."""
+
+    @cached_property
+    def rules(self) -> list[Rule]:
+        """The rules that rename its weights, with those for other spellings of the prefix."""
+        return [*self.weights, *(prefixed(*pair) for pair in self.prefixes)]
+
+    def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        """Return our `Config` fields of a `config.json`.
+
+        Args:
+            mapping: What the file holds; of a multimodal model the text part counts.
+        """
+        text = mapping.get("text_config") if mapping.get("model_type") in self.wrappers else mapping
+        fields = dict(self.base)
+        for row in self.fields:
+            fields |= row.read(text or {})
+        return fields
+
+    def write(self, fields: Mapping[str, Any], source: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return a `config.json` that transformers 4 and 5 read.
+
+        Args:
+            fields: Our `Config` fields.
+            source: The `config.json` to start from. What no row maps is kept of one of this type; of another type only the token ids are.
+        """
+        source = deepcopy(dict(source or {}))
+        wrapped = source.get("model_type") in self.wrappers
+        kept = source.pop("text_config", {}) if wrapped else source
+        if not wrapped and source.get("model_type") != self.model_type:
+            kept = {key: value for key, value in source.items() if key in TOKEN_IDS}
+        written = dict(kept) if wrapped else {"architectures": self.architectures[:1], "model_type": self.model_type} | kept
+        for row in self.fields:
+            row.write(written, fields)
+        result = source | {"text_config": written} if wrapped else written
+        return {key: value for key, value in result.items() if key not in NOT_CARRIED}
+
+    def published(self) -> Iterator[Published]:
+        """Yield every checkpoint of its brands, with the exact names that the patterns stand for."""
+        for brand in self.brands:
+            renamed = {ours: theirs for pair in brand.published_as.items() for ours, theirs in zip(*map(expand, pair), strict=True)}
+            styles = brand.prompt if isinstance(brand.prompt, dict) else dict.fromkeys(brand.sizes, brand.prompt)
+            prompts = {name: style for pattern, style in styles.items() for name in expand(pattern)}
+            for pattern, sizes in brand.sizes.items():
+                for name in expand(pattern):
+                    fields = deepcopy(self.base | brand.base | sizes)
+                    yield Published(name, brand.org, renamed.get(name, name), fields, prompts.get(name))
+
+
+def expand(pattern: str) -> list[str]:
+    """Return the names that a pattern stands for: `a{,-b}` is `a` and `a-b`."""
+    head, brace, rest = pattern.partition("{")
+    if not brace:
+        return [pattern]
+    options, _, tail = rest.partition("}")
+    return [head + option + end for option in options.split(",") for end in expand(tail)]
+
+
+def _look_up(mapping: Mapping[str, Any], spelling: str) -> tuple[bool, Any]:
+    """Return whether an entry is there, and its value."""
+    first, _, rest = spelling.partition(".")
+    if first not in mapping:
+        return False, None
+    value = mapping[first]
+    if not rest:
+        return True, value
+    return _look_up(value, rest) if isinstance(value, Mapping) else (False, None)
+
+
+def _put(mapping: dict[str, Any], spelling: str, value: Any) -> None:
+    first, _, rest = spelling.partition(".")
+    if not rest:
+        mapping[first] = value
+        return
+    if not isinstance(mapping.get(first), dict):
+        mapping[first] = {}
+    _put(mapping[first], rest, value)
+
+
+def _says(parse: Callable[[Any], Any], present: Any, value: Any) -> bool:
+    try:
+        return parse(present) == value
+    except ValueError:  # the source says what we cannot read; the config at hand says something else
+        return False

@@ -1,0 +1,252 @@
+"""The finetuning script, whole. What differs between the ways to finetune is a `Method`; a file beside this one makes each of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from litgpt import names
+from litgpt.args import EvalArgs, LogArgs, OptimizerArgs, TrainArgs, to_plain
+from litgpt.checkpoint import copy_side_files, load_model, write_config
+from litgpt.config import Config
+from litgpt.data import Alpaca, DataModule
+from litgpt.errors import UserError
+from litgpt.generate.decode import RowState, complete
+from litgpt.generate.run import stop_tokens
+from litgpt.launch import cast_parameters, choose_logger, launch_fabric, training_precision
+from litgpt.loss import IGNORED
+from litgpt.model import GPT
+from litgpt.optim import check_schedule, make_optimizer
+from litgpt.prompts import encode_prompt, save_prompt_style
+from litgpt.run import Run, prepared, run_folder, step_to_resume
+from litgpt.scripts.download import find_checkpoint
+from litgpt.tokenizer import Tokenizer
+from litgpt.training import Limits, Sample, check_limits, forward_backward, seed_generators, take_step
+
+TRAIN = TrainArgs(save_interval=1000, log_interval=1, global_batch_size=16, micro_batch_size=1, epochs=5)
+EVAL = EvalArgs(interval=100, max_new_tokens=100, max_iters=100)
+LOG = LogArgs()
+OPTIMIZER = OptimizerArgs()
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that is finetuned, as it lies on the disk."""
+
+    folder: Path
+    config: Config
+    dtype: torch.dtype  # of its weights
+
+
+Extras = Callable[[Path], None]  # writes the run's own files into a folder: its options and its prompt style
+
+
+@dataclass(frozen=True)
+class Method:
+    """What differs between the ways to finetune."""
+
+    name: str
+    """What is said about it: `Finetuning MODEL with NAME`."""
+    freezes: bool
+    """Whether parts of the model are not trained, which can then be held in fewer bits."""
+    prepare: Callable[[GPT, int], None]
+    """Freezes what is not trained and adds what is, starting from a seed."""
+    write: Callable[[Path, dict[str, Tensor], Base, Extras], None]
+    """Makes the checkpoint directory `final` of what was trained."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The flags that only this method has."""
+
+
+def finetune(
+    method: Method,
+    checkpoint_dir: Path,
+    *,
+    out_dir: Path,
+    precision: str | None = None,
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    resume: bool | Literal["auto"] | Path = False,
+    overwrite: bool = False,
+    data: DataModule | None = None,
+    train: TrainArgs = TRAIN,
+    eval: EvalArgs = EVAL,
+    log: LogArgs = LOG,
+    optimizer: OptimizerArgs = OPTIMIZER,
+    logger_name: Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"] = "csv",
+    seed: int = 1337,
+    access_token: str | None = None,
+) -> None:
+    """Finetune a model.
+
+    Args:
+        method: What is trained, and how it is saved.
+        checkpoint_dir: The model to start from: a folder, a name in `checkpoints/`, or an `ORG/NAME` that is downloaded from the hub.
+        out_dir: Where to write. `final/` becomes a complete Hugging Face folder, `step-N/` holds what a run needs to go on after
+            step N, and `logs/` the logged values. A folder that already holds a run is refused.
+        precision: The number types to train in: `32-true`, `bf16-mixed` (weights in fp32, products in bf16), `bf16-true` (weights in
+            bf16; what is trained beside frozen ones stays in fp32) or `16-mixed` (GPUs only). By default what this machine is fast
+            in: fp32 where its processor does not multiply bf16.
+        devices: How many devices to train on, or `auto` for all GPUs.
+        num_nodes: How many machines take part.
+        resume: Go on with a run, bit for bit as if it had not been interrupted: `true` from the last step in `out_dir`, `auto` the
+            same but starting anew if there is none, or the path of a step. Give the other flags as before.
+        overwrite: Whether to delete the run that `out_dir` holds, and start over.
+        data: The samples to learn from. By default Alpaca, 52 thousand instructions with answers.
+        train: Batch sizes, limits, schedule and intervals.
+        eval: When and how to validate.
+        log: Names and switches for loggers that send the run somewhere.
+        optimizer: Which optimizer, and how fast.
+        logger_name: Where to log: `csv` and `tensorboard` write into `out_dir/logs`; the others send the run to their service.
+        seed: Decides the order of the samples, what is dropped out, and the start of what is added to the model.
+        access_token: A token of the Hugging Face hub, for models that are not open to everyone.
+    """
+    hyperparameters = options_of(locals())
+    check_limits(train, eval)
+    check_schedule(train, optimizer.lr)
+    out_dir = run_folder(out_dir)
+    resumed = step_to_resume(out_dir, resume, overwrite)
+    precision = training_precision(precision, any_frozen=method.freezes)
+    folder = find_checkpoint(checkpoint_dir, access_token=access_token)
+    hyperparameters |= method.options | {"checkpoint_dir": str(folder)}
+
+    logger = choose_logger(logger_name, out_dir, f"finetune-{folder.name}", log)
+    fabric = launch_fabric(devices, num_nodes, precision=precision, loggers=logger)
+    seed_generators(fabric, seed)
+    tokenizer, data = Tokenizer(folder), data or Alpaca()
+    samples, val_samples = read_samples(fabric, data, tokenizer, Config.from_checkpoint(folder), train)
+    limits = Limits.of(train, len(samples), mean_length(samples))
+
+    model = load_model(folder)
+    base = Base(folder, model.config, model.transformer.wte.weight.dtype)
+    check_ties(train, base.config)
+    method.prepare(model, seed)
+    cast_parameters(model, precision)
+    counted = f"{n_parameters(model, trained=True):,} of {n_parameters(model):,} parameters"
+    model = fabric.setup_module(model.train())
+    optimizer_ = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
+
+    extras = partial(write_extras, hyperparameters=hyperparameters, style=getattr(samples, "prompt_style", None))
+    side_files = partial(write_side_files, base=base, extras=extras)
+    same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples)}
+    run = Run(fabric, model, optimizer_, out_dir, train, optimizer.lr, limits, same, side_files)
+    with run:
+        run.progress.say(f"Finetuning {base.config.name} with {method.name}: {counted}, {len(samples):,} samples, in {precision}.")
+        run.begin(resumed, hyperparameters)
+        fit(run, samples, val_samples, eval, seed, partial(say_answer, run, tokenizer, val_samples or samples, eval))
+        weights = run.trained_weights()
+        if fabric.is_global_zero:
+            method.write(out_dir / names.FINAL, weights, base, extras)
+        fabric.barrier()
+        run.progress.say(f"{run.report()}\nSaved {out_dir / names.FINAL}. Talk to it with: litgpt chat {out_dir / names.FINAL}")
+
+
+def fit(run: Run, samples: Sequence[Sample], val_samples: Sequence[Sample], eval: EvalArgs, seed: int, show_example: Callable[[], None]) -> None:
+    """Train until a limit is reached."""
+    train = run.train
+    if eval.initial_validation:
+        run.validate(val_samples, eval)
+
+    feed = run.feed(samples, seed)
+    for epoch, microbatches, agreed in feed:
+        loss = forward_backward(run.fabric, run.model, microbatches, agreed.n_targets)
+        step = run.step + 1
+        grad_norm = take_step(run.fabric, run.model, run.optimizer, step, run.learning_rate(step), train.max_norm, run.non_finite)
+        run.count(agreed.n_tokens)
+
+        if step % train.log_interval == 0:
+            run.log(loss, grad_norm, epoch)  # the only line that waits for the device
+        if step % eval.interval == 0:
+            run.validate(val_samples, eval)
+            show_example()
+        if train.save_interval and step % train.save_interval == 0:
+            run.save()
+        if run.limits.reached(run.meter.total_tokens):
+            break
+    run.end(feed)
+
+    if eval.final_validation:
+        run.validate(val_samples)
+
+
+def read_samples(
+    fabric: Fabric, data: DataModule, tokenizer: Tokenizer, config: Config, train: TrainArgs
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Return the samples to train on and those to validate on, cut to what the model can read."""
+    if (longest := train.max_seq_length or config.block_size) > config.block_size:
+        raise UserError(f"`train.max_seq_length` is {longest}, but the model's context is {config.block_size} tokens. Lower it.")
+    data.ignore_index = IGNORED  # the label that our loss leaves out
+    data.connect(tokenizer, train.micro_batch_size, longest)
+    samples, val_samples = prepared(fabric, data)
+    if len(samples) and not (isinstance(samples[0], Mapping) and {"input_ids", "labels"} <= samples[0].keys()):
+        raise UserError(f"{type(data).__name__} has no answers to learn, as finetuning needs. Use `--data JSON`, or `litgpt pretrain`.")
+    return samples, val_samples
+
+
+def mean_length(samples: Sequence[Sample], n_seen: int = 1000) -> float:
+    """Return how many tokens a sample has on average, after the first ones."""
+    lengths = getattr(samples, "lengths", None) or [len(samples[i]["input_ids"]) for i in range(min(len(samples), n_seen))]
+    return sum(lengths) / max(1, len(lengths))
+
+
+def check_ties(train: TrainArgs, config: Config) -> None:
+    """Raise a UserError if the options ask for another model than the one that is finetuned."""
+    if train.tie_embeddings not in (None, config.tie_embeddings):
+        raise UserError(
+            f"`train.tie_embeddings` is {train.tie_embeddings}, but the model is built the other way, and finetuning keeps its build. Leave it out."
+        )
+
+
+def n_parameters(model: GPT, trained: bool = False) -> int:
+    """Return how many parameters there are, or how many of them are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
+
+
+def say_answer(run: Run, tokenizer: Tokenizer, samples: Sequence[Sample], eval: EvalArgs) -> None:
+    """Show what the model, as it is now, answers to a sample's instruction. All ranks must call this."""
+    if eval.max_new_tokens is None or not hasattr(samples, "example"):  # a data set of the user's own
+        return
+    n, wanted = len(samples.data), eval.evaluate_example
+    index = {"first": 0, "random": Random(run.step).randrange(n)}.get(wanted, wanted)
+    if not 0 <= int(index) < n:
+        raise UserError(f"`eval.evaluate_example` is {wanted!r}, but there are {n} samples. Use 'first', 'random' or a number below that.")
+    model, style = run.model.module, samples.prompt_style
+    prompt = encode_prompt(style, tokenizer, samples.example(int(index))[0])
+    if len(prompt) >= model.config.block_size:
+        return run.progress.say("No example is shown, for its prompt fills the model's context.")
+    with run.meter.paused():
+        model.eval()
+        try:
+            row = RowState(temperature=0.8, seed=run.step)  # its own generator, so that training goes on as if nothing had been drawn
+            tokens = sum(complete(model, prompt, row, eval.max_new_tokens, stop_tokens(style, tokenizer)), [])
+        finally:
+            model.train()
+        run.progress.say(f"{tokenizer.decode(prompt)}\n>>> {tokenizer.decode(tokens)}")
+
+
+# What is written
+
+
+def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `finetune` as `hyperparameters.yaml` holds them, and `--config` reads them."""
+    return to_plain({name: value for name, value in arguments.items() if name not in ("method", "access_token")})
+
+
+def write_extras(folder: Path, hyperparameters: Mapping[str, Any], style: Any) -> None:
+    """Write the run's options and the prompt style it was trained with."""
+    (folder / names.HYPERPARAMETERS).write_text(yaml.safe_dump(dict(hyperparameters), sort_keys=False, allow_unicode=True))
+    if style is not None:
+        save_prompt_style(style, folder)
+
+
+def write_side_files(folder: Path, base: Base, extras: Extras) -> None:
+    """Write what makes a step's folder a checkpoint directory: config, tokenizer, prompt style, options."""
+    write_config(folder, base.config, base.folder, base.dtype)
+    extras(folder)
+    copy_side_files(base.folder, folder)

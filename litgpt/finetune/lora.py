@@ -1,0 +1,89 @@
+"""Finetuning with LoRA: the model stays as it is, and small updates beside its layers are trained."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from torch import Tensor
+
+from litgpt import names
+from litgpt.checkpoint import load_model, write_adapter, write_checkpoint
+from litgpt.errors import UserError
+from litgpt.finetune.loop import Base, Extras, Method, finetune
+from litgpt.lora import LoRA, add_lora, merge_lora_weights
+from litgpt.model import GPT
+
+
+def setup(
+    checkpoint_dir: Path,
+    *,
+    lora_r: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.05,
+    lora_query: bool = True,
+    lora_key: bool = False,
+    lora_value: bool = True,
+    lora_projection: bool = False,
+    lora_mlp: bool = False,
+    lora_head: bool = False,
+    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training"] | None = None,
+    out_dir: Path = Path("out/finetune/lora"),
+    **shared: Any,
+) -> None:
+    """Finetune a model with LoRA: train small low-rank updates beside its linear layers, and leave its own weights as they are.
+
+    `final/` holds the model with the updates added, which every command and transformers can load, and `final/adapter/` the updates
+    alone, for PEFT.
+
+    Args:
+        checkpoint_dir: The model to start from: a folder, a name in `checkpoints/`, or an `ORG/NAME` that is downloaded from the hub.
+        lora_r: The rank of the updates. A higher one can learn more, and takes more memory.
+        lora_alpha: The updates are scaled by this number divided by the rank.
+        lora_dropout: How likely an input of an update is dropped while training.
+        lora_query: Whether the queries of the attention get an update.
+        lora_key: Whether its keys do.
+        lora_value: Whether its values do.
+        lora_projection: Whether its output does.
+        lora_mlp: Whether the MLPs do.
+        lora_head: Whether the output head does.
+        quantize: Not supported yet: hold the model's own weights in fewer bits.
+        out_dir: Where to write. `final/` becomes a complete Hugging Face folder, `step-N/` holds what a run needs to go on after
+            step N, and `logs/` the logged values. A folder that already holds a run is refused.
+    """
+    if quantize is not None:
+        raise UserError(f"`quantize` {quantize!r} is not supported yet in finetuning. Leave it out; `--precision bf16-true` saves memory too.")
+    method = with_lora(
+        LoRA(lora_r, lora_alpha, lora_dropout, lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head),
+    )
+    finetune(method, checkpoint_dir, out_dir=out_dir, **shared)
+
+
+def with_lora(lora: LoRA) -> Method:
+    """Return the method that trains updates of these layers and sizes."""
+    options = {f"lora_{name}": value for name, value in asdict(lora).items()}
+    return Method("LoRA", freezes=True, prepare=partial(prepare, lora=lora), write=partial(write, lora=lora), options=options)
+
+
+def prepare(model: GPT, seed: int, lora: LoRA) -> None:
+    """Freeze the model and put updates beside its layers."""
+    add_lora(model, lora, seed)
+
+
+def write(folder: Path, weights: Mapping[str, Tensor], base: Base, extras: Extras, lora: LoRA) -> None:
+    """Make a Hugging Face folder of the base with the updates added, in the base's own dtype, and a PEFT adapter inside it."""
+    model = load_model(base.folder)  # the one that was trained may hold its frozen weights in fewer bits
+    add_lora(model, lora)
+    model.load_state_dict(weights, strict=False)
+    with TemporaryDirectory() as adapter:
+        write_adapter(Path(adapter), model, lora, str(base.folder))
+        merge_lora_weights(model)
+
+        def and_adapter(final: Path) -> None:
+            extras(final)
+            shutil.copytree(adapter, final / names.ADAPTER)
+
+        write_checkpoint(folder, model.state_dict(), model.config, source=base.folder, extras=and_adapter, overwrite=True)

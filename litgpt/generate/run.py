@@ -1,0 +1,93 @@
+"""What generate, chat and `LLM` share: a checkpoint made ready to answer."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from litgpt.cache import Cache
+from litgpt.checkpoint import load_model
+from litgpt.errors import UserError
+from litgpt.generate.decode import CHUNK
+from litgpt.hardware import find_device, products_dtype
+from litgpt.model import GPT
+from litgpt.prompts import PromptStyle, as_messages, encode_prompt, find_prompt_style
+from litgpt.scripts.download import find_checkpoint
+from litgpt.tokenizer import Tokenizer
+
+
+@dataclass
+class Speaker:
+    """A model, its tokenizer, and the prompt style it was trained with."""
+
+    folder: Path
+    model: GPT
+    tokenizer: Tokenizer
+    style: PromptStyle
+
+    @property
+    def stop_tokens(self) -> list[list[int]]:
+        """Token sequences that end an answer."""
+        return stop_tokens(self.style, self.tokenizer)
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], sys_prompt: str | None = None) -> list[int]:
+        """Return the ids of a prompt or of a list of messages, in the model's prompt style."""
+        return encode_prompt(self.style, self.tokenizer, as_messages(prompt), sys_prompt=sys_prompt)
+
+    def new_cache(self, length: int) -> Cache:
+        """Return an empty memory of one sequence, from which the last tokens can be taken back."""
+        chunk = min(CHUNK, length)
+        return self.model.new_cache(1, length, chunk=chunk, rewind=chunk)
+
+
+def load(
+    checkpoint_dir: str | Path,
+    *,
+    quantize: str | None = None,
+    precision: str | None = None,
+    compile: bool = False,
+    access_token: str | None = None,
+) -> Speaker:
+    """Return a checkpoint made ready to answer on this machine's device.
+
+    Args:
+        checkpoint_dir: A folder, or a name, see DESIGN "Checkpoint arguments".
+        quantize: Must be None, until there are quantized layers.
+        precision: The type of weights and products; by default the one that is fast here.
+        compile: Whether to compile the model's blocks.
+        access_token: For a model that has to be downloaded.
+    """
+    check_quantize(quantize)
+    dtype, device = products_dtype(precision), find_device()
+    folder = find_checkpoint(checkpoint_dir, access_token=access_token)
+    tokenizer = Tokenizer(folder)
+    model = load_model(folder, dtype=dtype, device=device).eval()
+    if compile:
+        compile_blocks(model)
+    return Speaker(folder, model, tokenizer, find_prompt_style(folder, tokenizer, config=model.config))
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Refuse what cannot be done yet."""
+    if quantize is not None:
+        raise UserError(f"`quantize` {quantize!r} is not supported yet. Leave it out, or save memory with a 16-bit `precision`.")
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile each block in place, so that no parameter's name changes."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # all blocks share one code object
+    for block in model.transformer.h:
+        block.compile()
+
+
+def stop_tokens(style: PromptStyle, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token sequences that end an answer: all end tokens of the tokenizer, and those of the style."""
+    found = [[eos] for eos in tokenizer.eos_ids] + [list(sequence) for sequence in style.stop_tokens(tokenizer)]
+    return [sequence for i, sequence in enumerate(found) if sequence and sequence not in found[:i]]
+
+
+def note(text: str) -> None:
+    """Tell the person at the terminal something that is no part of the answer."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,262 @@
+"""A Fabric from flags: which processes, which layout of the weights over them, which dtypes, which logger."""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.loggers import LitLogger, MLFlowLogger, WandbLogger
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from litgpt.args import LogArgs
+from litgpt.errors import UserError, did_you_mean, optional
+from litgpt.hardware import compute_dtype, find_device, parse_devices
+
+# Dtypes
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What one value of `--precision` means in training."""
+
+    fabric: str  # what Fabric is told: never "bf16-true", which casts every parameter and every floating buffer
+    frozen: torch.dtype
+    trained: torch.dtype
+
+
+PRECISIONS = {
+    "32-true": Precision("32-true", torch.float32, torch.float32),
+    "bf16-mixed": Precision("bf16-mixed", torch.float32, torch.float32),
+    "bf16-true": Precision("32-true", torch.bfloat16, torch.float32),
+    "16-mixed": Precision("16-mixed", torch.float32, torch.float32),
+}
+
+
+def training_precision(precision: str | None, any_frozen: bool, accelerator: str = "auto") -> str:
+    """Return the precision to train in, checked.
+
+    Args:
+        precision: A key of `PRECISIONS`. By default 32-true where products are fastest in fp32; else `bf16-true` if parts of
+            the model are frozen (what is trained stays in fp32), and `bf16-mixed` if all of it is trained.
+        any_frozen: Whether parts of the model are frozen, as with LoRA.
+        accelerator: As `find_device` takes it.
+
+    Raises:
+        UserError: There is no such precision, or it does not run on this device.
+    """
+    if precision is None:
+        if compute_dtype(accelerator) == torch.float32:
+            return "32-true"
+        return "bf16-true" if any_frozen else "bf16-mixed"
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"`precision` is one of {', '.join(PRECISIONS)} in training, but got {precision!r}.{did_you_mean(precision, PRECISIONS)}"
+        )
+    if precision == "16-mixed" and find_device(accelerator).type == "cpu":  # Fabric would put bf16 in its place
+        raise UserError("`precision` 16-mixed runs on GPUs only. Use bf16-mixed or 32-true.")
+    return precision
+
+
+def cast_parameters(model: nn.Module, precision: str) -> None:
+    """Give frozen and trained parameters the dtypes that the precision says; buffers (RoPE tables) keep theirs.
+
+    Call it before `setup_module`. A model that is trained whole has no frozen parts to make small: asked for bf16-true, it holds
+    all in bf16, the optimizer's averages included.
+    """
+    policy = PRECISIONS[precision]
+    any_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(policy.trained if parameter.requires_grad and any_frozen else policy.frozen)
+
+
+# Processes
+
+
+def launch_fabric(
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    accelerator: str = "auto",
+    strategy: str = "auto",
+    precision: str = "32-true",
+    tensor_parallel: int = 1,
+    cpu_offload: bool = False,
+    fits_one_device: bool = True,
+    loggers: Logger | Sequence[Logger] = (),
+) -> Fabric:
+    """Return the launched Fabric that the flags describe.
+
+    Args:
+        devices: Processes on each machine, one for each device; "auto" takes all GPUs.
+        num_nodes: How many machines.
+        accelerator: As `find_device` takes it.
+        strategy: `ddp`, `fsdp`, or `auto`: one process alone, else DDP if weights, gradients and optimizer fit one device.
+        precision: A key of `PRECISIONS`; `cast_parameters` carries out the rest of it.
+        tensor_parallel: How many processes hold one copy of a layer together.
+        cpu_offload: Keep the sharded weights, gradients and optimizer in the CPU's memory. Needs `fsdp`.
+        fits_one_device: What the memory plan says (`hardware.training_fits`).
+        loggers: Where `fabric.log_dict` writes.
+
+    Raises:
+        UserError: The flags contradict each other or this machine.
+    """
+    device, n_local = find_device(accelerator), parse_devices(devices, accelerator)
+    if num_nodes < 1:
+        raise UserError(f"`num_nodes` is a positive number, but got {num_nodes}.")
+    if device.type != "cpu" and n_local > torch.accelerator.device_count():
+        raise UserError(f"`devices` is {n_local}, but this machine has {torch.accelerator.device_count()}.")
+    world = n_local * num_nodes
+    if tensor_parallel < 1 or world % tensor_parallel:
+        raise UserError(f"`tensor_parallel` must divide the number of processes, but {tensor_parallel} does not divide {world}.")
+    if strategy == "auto":
+        strategy = "fsdp" if tensor_parallel > 1 or (world > 1 and not fits_one_device) else "ddp"
+    if cpu_offload and strategy != "fsdp":
+        raise UserError(f"`cpu_offload` is a part of `--strategy fsdp`, but the strategy is {strategy!r}.")
+    if precision == "16-mixed" and strategy == "fsdp":
+        raise UserError("`precision` 16-mixed does not run with FSDP. Use bf16-mixed.")
+    on_cpu = device.type == "cpu"
+    with _quiet(), _own_threads(n_local):
+        fabric = Fabric(
+            accelerator=device.type,
+            devices=n_local,
+            num_nodes=num_nodes,
+            precision=PRECISIONS[precision].fabric,
+            strategy=_strategy(strategy, world, tensor_parallel, cpu_offload, on_cpu),
+            loggers=list(loggers) if isinstance(loggers, Sequence) else loggers,
+        )
+        fabric.launch()
+    return fabric
+
+
+def _strategy(name: str, world: int, tensor_parallel: int, cpu_offload: bool, on_cpu: bool) -> Strategy | str:
+    if name == "fsdp":
+        offload = CPUOffloadPolicy(pin_memory=not on_cpu) if cpu_offload else OffloadPolicy()  # its default pins, which needs a GPU
+        sizes = dict(
+            data_parallel_size=world // tensor_parallel, tensor_parallel_size=tensor_parallel
+        )  # "auto" makes all of them tensor parallel
+        return ModelParallelStrategy(layout(offload), **sizes)
+    if name != "ddp":
+        raise UserError(f"`strategy` is auto, ddp or fsdp, but got {name!r}.{did_you_mean(name, ('auto', 'ddp', 'fsdp'))}")
+    if world == 1:
+        return "auto"
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its name before torch 2.13
+    return DDPStrategy(gradient_as_bucket_view=True, **{buffers: False})
+
+
+def layout(offload: OffloadPolicy) -> Callable[[nn.Module, DeviceMesh], nn.Module]:
+    """Return how Fabric lays a model over its mesh: tensor parallel inside, FSDP2 around it, each block a group.
+
+    Embedding and head are never wrapped on their own: they may be one matrix.
+    """
+
+    def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
+        if tensor.size() > 1:
+            parallelize_module(model, tensor, model.tensor_parallel_plan())
+        if data.size() > 1 or tensor.size() == 1:
+            quantized = {p for p in model.parameters() if not p.is_floating_point()}  # FSDP2 cannot split packed 4-bit weights
+            for module in [*model.transformer.h, model]:
+                fully_shard(module, mesh=data, offload_policy=offload, ignored_params=quantized)
+        return model
+
+    return parallelize
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Fabric from telling what it is about to do; its warnings are still heard."""
+    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]  # its rank_zero_info uses either
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _own_threads(n_local: int) -> Iterator[None]:
+    """Keep torch's number of threads if one process has the machine to itself: another number can change a result's last bits."""
+    if n_local > 1 or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+# Loggers
+
+
+def choose_logger(name: str, out_dir: Path, run_name: str, log: LogArgs | None = None) -> Logger:
+    """Return the logger that `--logger_name` asks for.
+
+    Args:
+        name: `csv` writes files below `out_dir/logs/csv`, `tensorboard` below `out_dir/logs/tensorboard`; wandb, mlflow and
+            litlogger send the run where they are configured to.
+        out_dir: The run's folder.
+        run_name: What the run is called where `log` has no better name.
+        log: Names and switches for the last three.
+
+    Raises:
+        UserError: There is no such logger, or its package is not installed.
+    """
+    if name not in LOGGERS:
+        raise UserError(f"`logger_name` is one of {', '.join(LOGGERS)}, but got {name!r}.{did_you_mean(name, LOGGERS)}")
+    return LOGGERS[name](out_dir, run_name, log or LogArgs())
+
+
+def _csv(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
+    return CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=1)
+
+
+def _tensorboard(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
+    optional("tensorboard", "all")
+    return TensorBoardLogger(out_dir / "logs", name="tensorboard")
+
+
+def _wandb(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
+    optional("wandb", "wandb")
+    return WandbLogger(save_dir=out_dir, **_given(name=log.run or run_name, project=log.project, group=log.group, log_model=log.log_model))
+
+
+def _mlflow(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
+    optional("mlflow", "mlflow")
+    return MLFlowLogger(experiment_name=log.project or run_name, log_model=log.log_model, **_given(run_name=log.run, tags=log.metadata))
+
+
+def _litlogger(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
+    optional("litlogger", "litlogger")
+    given = _given(teamspace=log.teamspace, metadata=log.metadata, checkpoint_name=log.checkpoint_name)
+    return LitLogger(root_dir=out_dir, name=log.run or log.project or run_name, log_model=log.log_model, save_logs=log.save_logs, **given)
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """Return the settings that have a value, so that the others keep the logger's defaults and environment variables."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+LOGGERS: dict[str, Callable[[Path, str, LogArgs], Logger]] = {
+    "csv": _csv,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "litlogger": _litlogger,
+}

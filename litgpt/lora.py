@@ -1,0 +1,232 @@
+"""Low-rank adaptation (arXiv:2106.09685): freeze the model and learn small updates beside chosen linear layers."""
+
+import hashlib
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt import config as base
+from litgpt import model as base_model
+from litgpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which layers get an update, and of what size."""
+
+    r: int = 8
+    """The rank of the update."""
+    alpha: float = 16
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.05
+    """How likely an input of the update is dropped while training."""
+    query: bool = True
+    key: bool = False
+    value: bool = True
+    projection: bool = False
+    mlp: bool = False
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"`lora_r` is the rank of the update and at least 1, but got {self.r}.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"`lora_dropout` is a probability below 1, but got {self.dropout}. Use 0 to drop nothing.")
+        if not any((self.query, self.key, self.value, self.projection, self.mlp, self.head)):
+            raise UserError(
+                "All of `lora_query`, `lora_key`, `lora_value`, `lora_projection`, `lora_mlp` and `lora_head` are false. Turn one on."
+            )
+
+    def enabled(self, name: str) -> list[bool]:
+        """Return which row blocks of a layer get an update: of `attn.qkv` those of q, k and v, of any other its only one."""
+        *_, part, leaf = f".{name}".split(".")
+        if (part, leaf) == ("attn", "qkv"):
+            return [self.query, self.key, self.value]
+        wanted = {"attn": self.projection, "mlp": self.mlp}.get(part, self.head if leaf == "lm_head" else False)
+        return [wanted]
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and a trainable low-rank update of chosen row blocks, y = W x + alpha / r * B A x.
+
+    Args:
+        linear: The layer W, or any that has `in_features` and `out_features` (quantized, sharded).
+        r: The rank of each block's update.
+        alpha: The update is scaled by alpha / r.
+        dropout: How likely an input of A is dropped while training.
+        sizes: The rows of each block (for a fused projection: those of q, k and v); by default one block.
+        enabled: Which blocks get an update; by default all.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        sizes: list[int] | None = None,
+        enabled: list[bool] | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear, self.r, self.scaling = linear, r, alpha / r
+        self.sizes = sizes or [linear.out_features]
+        self.enabled = enabled or [True] * len(self.sizes)
+        self.dropout = nn.Dropout(dropout)
+        like = dict(device=linear.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(r * sum(self.enabled), linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(sum(self.updated_sizes), r, **like))
+        self.reset_parameters()
+
+    @property
+    def in_features(self) -> int:
+        """The width of the input."""
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """The width of the output."""
+        return self.linear.out_features
+
+    @property
+    def updated_sizes(self) -> list[int]:
+        """The rows of the blocks that get an update."""
+        return [size for size, enabled in zip(self.sizes, self.enabled, strict=True) if enabled]
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start from no update at all: A is uniform as a linear layer's weight, B is zero."""
+        bound = 1 / math.sqrt(self.linear.in_features)
+        nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., n r)
+        return self.linear(x) + (F.linear(hidden, self.spread()) * self.scaling).to(x.dtype)
+
+    def spread(self) -> Tensor:
+        """Return B over the whole layer, (out, n r): each block's factor in its own rows and columns, zero elsewhere."""
+        if len(self.sizes) == 1:
+            return self.lora_B
+        rows, column = [], 0
+        blocks = iter(self.lora_B.split(self.updated_sizes))
+        for size, enabled in zip(self.sizes, self.enabled, strict=True):
+            if enabled:
+                rows.append(F.pad(next(blocks), (column, self.lora_A.size(0) - self.r - column)))
+                column += self.r
+            else:
+                rows.append(self.lora_B.new_zeros(size, self.lora_A.size(0)))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """Return a plain linear layer that computes the same, in the weight's own dtype."""
+        weight, bias = self.linear.weight, self.linear.bias
+        update = self.scaling * (self.spread().float() @ self.lora_A.float())
+        plain = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter((weight.float() + update).to(weight.dtype), requires_grad=False)
+        plain.bias = bias
+        return plain
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Take the weights of a plain linear layer under their own names."""
+        for name in ("weight", "bias"):
+            if (key := prefix + name) in state_dict:
+                state_dict[f"{prefix}linear.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
+    """Wrap the layers that `lora` chooses and freeze all but their updates.
+
+    Args:
+        model: A `GPT`; its own weights stay as they are, and so does what it computes.
+        lora: Sizes and choices.
+        seed: Every update starts from (seed, its layer's name), so that the start does not depend on how a model is spread.
+    """
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or not any(enabled := lora.enabled(name)):
+            continue
+        sizes = model.config.qkv_sizes if len(enabled) == 3 else None
+        layer = LoRALinear(linear, lora.r, lora.alpha, lora.dropout, sizes, enabled)
+        if not layer.lora_A.is_meta:
+            layer.reset_parameters(torch.Generator(layer.lora_A.device).manual_seed(seed_of(seed, name)))
+        model.set_submodule(name, layer)
+    mark_only_lora_as_trainable(model)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """Return a seed for one parameter, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze everything but the updates.
+
+    Args:
+        model: A model with LoRA layers.
+        bias: Which biases to train too: "none", "lora_only" (those of wrapped layers) or "all".
+
+    Raises:
+        UserError: `bias` is something else.
+    """
+    if bias not in ("none", "lora_only", "all"):
+        raise UserError(f"`bias` is 'none', 'lora_only' or 'all', but got {bias!r}.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name or (bias == "all" and name.endswith("bias"))
+    if bias == "lora_only":
+        for module in model.modules():
+            if isinstance(module, LoRALinear) and module.linear.bias is not None:
+                module.linear.bias.requires_grad = True
+
+
+def lora_filter(key: str, value: Any) -> bool:
+    """Say whether an entry of a state dict belongs to an update."""
+    return "lora_" in key
+
+
+@torch.no_grad()
+def merge_lora_weights(model: nn.Module) -> None:
+    """Add every update to its layer's weight and put plain layers back. A head that was tied gets a weight of its own."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            if name == "lm_head":
+                model.config = replace(model.config, tie_embeddings=False)
+            model.set_submodule(name, layer.merged())
+
+
+@dataclass
+class Config(base.Config):
+    """An architecture and its LoRA settings, in one object; see `LoRA` for what they mean."""
+
+    lora_r: int = 0
+    lora_alpha: float = 1
+    lora_dropout: float = 0.0
+    lora_query: bool = False
+    lora_key: bool = False
+    lora_value: bool = False
+    lora_projection: bool = False
+    lora_mlp: bool = False
+    lora_head: bool = False
+
+
+class GPT(base_model.GPT):
+    """A `GPT` whose layers are wrapped as its config says.
+
+    Args:
+        config: With `lora_r` 0 nothing is wrapped.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.lora_r > 0:
+            add_lora(self, LoRA(**{field.name: getattr(config, f"lora_{field.name}") for field in fields(LoRA)}))
+            self.requires_grad_(True)
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "GPT":
+        """Return a randomly initialised model of a known name, see `Config.from_name`."""
+        return cls(Config.from_name(name, **overrides))

@@ -1,0 +1,239 @@
+"""The model definition, read from top to bottom: GPT, its blocks, the mixers a block may have, the MLPs, the norms.
+
+Everything a layer needs to know about the call (positions, masks, cache) is in a `Context`; nothing here knows of files or training.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from litgpt.attention import Context, Segments, attend, new_context
+from litgpt.cache import Cache, KeyValues, Span, State
+from litgpt.config import Config
+from litgpt.loss import IGNORED, Loss, token_nll
+from litgpt.rope import Rope, rotated
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer.
+
+    Args:
+        config: The architecture.
+    """
+
+    block_class: type["Block"]  # set below; variants put their own in its place
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        assert config.padded_vocab_size is not None
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                h=nn.ModuleList(self.block_class(config, i) for i in range(config.n_layer)),
+                ln_f=new_norm(config),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+        self.rope = Rope(config)
+        self.activation_checkpointing = False  # compute each block again in its backward pass instead of keeping what it made
+        self.tie()
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "GPT":
+        """Return a randomly initialised model of a known name, see `Config.from_name`."""
+        return cls(Config.from_name(name, **overrides))
+
+    def tie(self) -> None:
+        """Let the head use the embedding's matrix, if the config says so. Call it again after making a meta model real."""
+        if self.config.tie_embeddings:
+            getattr(self.lm_head, "linear", self.lm_head).weight = self.transformer.wte.weight  # a wrapped head keeps the layer inside
+
+    def new_cache(self, rows: int, length: int, chunk: int | None = None, rewind: int = 0) -> Cache:
+        """Return an empty memory of `rows` sequences.
+
+        Args:
+            rows: How many sequences fit.
+            length: How many tokens fit in each.
+            chunk: The most tokens that one call may add to a row; by default all. A smaller one makes sliding windows smaller.
+            rewind: How many tokens `Cache.truncate` can always take back.
+        """
+        chunk, weight = chunk or length, self.transformer.wte.weight
+        states = [block.new_state(rows, length, chunk, rewind, weight.dtype, weight.device) for block in self.transformer.h]
+        return Cache(states, rows, length, chunk, rewind, weight.device)
+
+    def forward(
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        cache: Cache | Span | None = None,
+        targets: Tensor | None = None,
+        segments: Segments | None = None,
+        output: str = "logits",
+        select: str | Tensor | None = None,
+    ) -> Tensor | Loss:
+        """Return logits (B, T, V), or what `output` names.
+
+        Args:
+            idx: Token ids, (B, T).
+            positions: Of each token, (T,) or (B, T), -1 is padding; 0, 1, ... by default. Not with a cache, which knows them.
+            cache: Continues all its rows by T tokens each; a `Cache.span` chooses rows and how many tokens each gets.
+            targets: The id that follows each token, (B, T), -100 does not count. Makes the result a `Loss`.
+            segments: The sequences packed into idx, (1, N); without it a row is one sequence.
+            output: "logits", "hidden" (the final norm's output) or, with targets, "token_nll" (B, T).
+            select: Which tokens reach the head: "last" of each row or segment, or indices (n,) into the B * T tokens; then (n, V).
+
+        Raises:
+            ValueError: `positions` or `segments` beside a cache, which knows both.
+        """
+        if cache is not None and (positions is not None or segments is not None):
+            raise ValueError("A cache knows the positions of its rows: pass neither `positions` nor `segments` beside it.")
+        span = cache.span([idx.size(1)] * idx.size(0)) if isinstance(cache, Cache) else cache
+        x = self._blocks(idx, positions, segments, span)  # (B, T, C)
+        if select is not None:
+            x = x.flatten(0, 1)[last_tokens(idx, positions, segments, span) if isinstance(select, str) else select]  # (n, C)
+        x = self.transformer.ln_f(x)
+        if output == "hidden":
+            return x
+        if targets is None:
+            return self.lm_head(x)
+        nll = token_nll(self.lm_head, x, targets)  # (B, T)
+        return nll if output == "token_nll" else Loss(nll.sum(), (targets != IGNORED).sum())
+
+    def _blocks(self, idx: Tensor, positions: Tensor | None, segments: Segments | None, span: Span | None) -> Tensor:
+        x = self.transformer.wte(idx)
+        windows, kind = set(self.config.windows), x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        context = new_context(idx, positions, segments, span, windows, self.rope, dtype)
+        states = [None] * self.config.n_layer if span is None else span.cache.states
+        for block, state in zip(self.transformer.h, states, strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, state, use_reentrant=False)
+            else:
+                x = block(x, context, state)
+        if span is not None:
+            span.commit()
+        return x
+
+
+def last_tokens(idx: Tensor, positions: Tensor | None, segments: Segments | None, span: Span | None) -> Tensor:
+    """Return where, among the B * T tokens, the last one of each row or segment stands."""
+    if span is not None:
+        return span.last()
+    if segments is not None:
+        return segments.ends - 1
+    places = torch.arange(idx.numel(), device=idx.device).view_as(idx)
+    return (places if positions is None else torch.where(positions < 0, -1, places)).amax(1)
+
+
+class Block(nn.Module):
+    """One layer: a mixer and an MLP, each of which adds to the residual stream.
+
+    One after the other,  x = x + attn(norm_1(x));  x = x + mlp(norm_2(x)),
+    or side by side,      x = x + attn(norm_1(x)) + mlp(norm_2(x)).
+
+    Args:
+        config: The architecture.
+        i: Which layer this is, from 0.
+    """
+
+    mixers: dict[str, type[nn.Module]]  # set below; variants put their own in its place
+
+    def __init__(self, config: Config, i: int) -> None:
+        super().__init__()
+        self.parallel = config.parallel_residual
+        self.norm_1 = new_norm(config)
+        self.attn = self.mixers[config.mixers[i]](config, i)
+        self.norm_2 = new_norm(config)
+        self.mlp = MLPS[config.mlp_class_name](config)
+
+    def new_state(self, rows: int, length: int, chunk: int, rewind: int, dtype: torch.dtype, device: torch.device) -> State:
+        """Return the empty memory of this layer's mixer."""
+        return self.attn.new_state(rows, length, chunk, rewind, dtype, device)
+
+    def forward(self, x: Tensor, context: Context, state: State | None = None) -> Tensor:
+        attended = x + self.attn(self.norm_1(x), context, state)  # (B, T, C)
+        return attended + self.mlp(self.norm_2(x if self.parallel else attended))
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention to the tokens before, within a window if the layer has one; several query heads may share keys and values.
+
+    `qkv` yields [all q | all k | all v]. How many heads those are its width says, so that a slice of the heads needs no other class.
+    """
+
+    def __init__(self, config: Config, i: int) -> None:
+        super().__init__()
+        self.window, self.head_size = config.windows[i], config.head_size
+        self.shares = config.n_head // config.n_query_groups  # query heads for each key head
+        self.qkv = nn.Linear(config.n_embd, sum(config.qkv_sizes), bias=config.attn_bias)
+        self.proj = nn.Linear(config.qkv_sizes[0], config.n_embd, bias=config.attn_proj_bias)
+
+    def new_state(self, rows: int, length: int, chunk: int, rewind: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
+        """Return the empty keys and values of this layer."""
+        groups = self.qkv.out_features // self.head_size // (self.shares + 2)
+        return KeyValues.zeros(rows, groups, length, max(chunk, rewind), self.head_size, self.window, dtype, device)
+
+    def forward(self, x: Tensor, context: Context, state: KeyValues | None = None) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, D)
+        groups = heads.size(2) // (self.shares + 2)
+        turning, v = heads.split((heads.size(2) - groups, groups), dim=2)
+        q, k = rotated(turning, context.rotation).split((self.shares * groups, groups), dim=2)
+        return self.proj(attend(q, k, v, self.window, context, state).flatten(2))  # (B, T, C)
+
+
+class GptNeoxMLP(nn.Module):
+    """Two layers with a GELU between."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.approximate = config.gelu_approximate
+        self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc(x), approximate=self.approximate))
+
+
+class LLaMAMLP(nn.Module):
+    """A gated MLP (SwiGLU, arXiv:2002.05202)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
+
+
+class RMSNorm(nn.Module):
+    """Scale each token's features to a mean square of 1, then by a weight (arXiv:1910.07467). Sums in fp32.
+
+    Args:
+        size: How many features.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+GPT.block_class = Block
+Block.mixers = {"attention": CausalSelfAttention}
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP}
+
+
+def new_norm(config: Config) -> nn.Module:
+    """Return the kind of norm that the architecture has."""
+    return (RMSNorm if config.norm_class_name == "RMSNorm" else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)

@@ -1,0 +1,231 @@
+"""Optimizers by name, the learning rate of a step, and gradient clipping over any layout of the parameters."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from litgpt.args import OptimizerArgs, TrainArgs
+from litgpt.errors import UserError, did_you_mean
+
+# Optimizers
+
+
+def make_optimizer(args: OptimizerArgs, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """Return the optimizer that `args` name, over the trained ones of these parameters.
+
+    Weights decay only if they have two dimensions or more: norms and biases keep their size. Make it after Fabric has
+    set up the model, for FSDP2 puts other parameters in the place of the model's.
+
+    Args:
+        args: Which class, and its arguments.
+        parameters: Those of the model; frozen ones are left out.
+
+    Raises:
+        UserError: There is no such class, it does not take such an argument or value, or nothing is to be trained.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise UserError("Nothing is to be trained: all parameters are frozen.")
+    kind = _optimizer_class(args.name)
+    taken = inspect.signature(kind).parameters
+    if unknown := [name for name in args.init_args if name not in taken]:
+        hint = did_you_mean(unknown[0], taken) or f" It takes {', '.join(taken)}."
+        raise UserError(f"`optimizer.init_args` names {unknown[0]!r}, which {kind.__name__} does not take.{hint}")
+    wanted: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": tuple(args.betas)}
+    if (
+        "fused" in taken
+        and all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
+        and len({type(p.data) for p in trained}) == 1
+    ):
+        wanted["fused"] = True  # one pass over the memory instead of ten
+    settings = {name: value for name, value in wanted.items() if name in taken} | args.init_args
+    groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
+    try:
+        decayed, kept = (
+            {"params": group} | ({"weight_decay": 0.0} if "weight_decay" in taken and group is groups[1] else {}) for group in groups
+        )
+        return kind([group for group in (decayed, kept) if group["params"]], **settings)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"The optimizer {kind.__name__} refuses its arguments: {error}") from error
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    """Return a class of `torch.optim`, or of the import path that `name` is."""
+    known = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, Optimizer) and key != "Optimizer"
+    }
+    module, _, short = name.rpartition(".")
+    if module in ("", "torch.optim"):
+        if short not in known:
+            raise UserError(f"`optimizer` names {short!r}, which torch.optim does not have.{did_you_mean(short, known)}")
+        return known[short]
+    try:
+        found = getattr(import_module(module), short, None)
+    except ImportError as error:
+        raise UserError(f"`optimizer` names {name!r}, which cannot be imported: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, Optimizer)):
+        raise UserError(
+            f"`optimizer` names {name!r}, which is no class of optimizers. Name one of torch.optim, as AdamW, or an import path."
+        )
+    return found
+
+
+# The learning rate
+
+
+def check_schedule(train: TrainArgs, lr: float) -> None:
+    """Raise a UserError if the options of the schedule contradict each other or lie outside their range."""
+    if lr <= 0:
+        raise UserError(f"`optimizer.lr` is a positive number, but got {lr}.")
+    if train.lr_warmup_steps is not None and train.lr_warmup_fraction is not None:
+        raise UserError("`train.lr_warmup_steps` and `train.lr_warmup_fraction` say the same in two ways. Give one of them.")
+    if train.lr_warmup_fraction is not None and not 0 <= train.lr_warmup_fraction <= 1:
+        raise UserError(f"`train.lr_warmup_fraction` is a share of all steps, between 0 and 1, but got {train.lr_warmup_fraction}.")
+    if train.lr_warmup_steps is not None and train.lr_warmup_steps < 0:
+        raise UserError(f"`train.lr_warmup_steps` is a number of steps, but got {train.lr_warmup_steps}. Use 0 to start at the peak.")
+    if train.min_lr is not None and not 0 <= train.min_lr <= lr and train.lr_schedule != "constant":
+        raise UserError(
+            f"`train.min_lr` lies between 0 and the peak `optimizer.lr` {lr}, but got {train.min_lr}. Leave it out for a tenth of the peak."
+        )
+
+
+def warmup_steps(train: TrainArgs, max_steps: int | None) -> int:
+    """Return over how many steps the learning rate rises.
+
+    Args:
+        train: Its options; by default the smaller of 100 and a tenth of all steps.
+        max_steps: All steps, or None if the run has no planned end.
+    """
+    if train.lr_warmup_fraction is not None:
+        if max_steps is None:
+            raise UserError("`train.lr_warmup_fraction` is a share of all steps, but nothing says how many. Set `train.lr_warmup_steps`.")
+        return math.ceil(train.lr_warmup_fraction * max_steps)
+    if train.lr_warmup_steps is None:
+        return 100 if max_steps is None else min(100, max_steps // 10)
+    if max_steps is not None and train.lr_warmup_steps >= max_steps > 1:
+        warnings.warn(
+            f"The learning rate rises in all {max_steps} steps, since `train.lr_warmup_steps` is {train.lr_warmup_steps}.", stacklevel=2
+        )
+        return max_steps
+    return train.lr_warmup_steps
+
+
+def learning_rate(
+    step: int, peak: float, max_steps: int | None, warmup: int = 0, kind: str = "cosine", min_lr: float | None = None
+) -> float:
+    """Return the learning rate of a step: it rises in a line to `peak` at step `warmup`, then falls to `min_lr` at the last step.
+
+    It depends on nothing but its arguments, so there is no scheduler whose state would have to be saved.
+
+    Args:
+        step: The first one is 1.
+        peak: The highest rate.
+        max_steps: The last step; later ones keep its rate. None for a run without a planned end, whose rate stays at the peak.
+        warmup: See `warmup_steps`.
+        kind: "cosine" (arXiv:1608.03983, one half wave), "linear" or "constant".
+        min_lr: The rate at the end; by default a tenth of the peak.
+    """
+    warmup = max(warmup, 1)  # so that without a warm-up step 1 has the peak
+    if step < warmup:
+        return peak * step / warmup
+    if kind == "constant" or max_steps is None:
+        return peak
+    end = peak / 10 if min_lr is None else min_lr
+    done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    left = (1 + math.cos(math.pi * done)) / 2 if kind == "cosine" else 1 - done
+    return end + (peak - end) * left
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Let the next step of the optimizer have this learning rate."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+# Gradients
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Scale the gradients so that their global norm is at most `max_norm`; return the norm before that, without waiting for the device.
+
+    Each rank adds the squares of what it holds, divided by the number of ranks that hold the same piece; one sum over all ranks
+    is then the global square, whether a parameter is replicated, sharded over the data ranks, over the tensor ranks, or over both.
+
+    Args:
+        model: The model after its backward passes.
+        max_norm: None leaves the gradients as they are.
+    """
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    pieces = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    # float32: the norm of a bf16 gradient in bf16 has three digits
+    norms = torch._foreach_norm(pieces, 2, dtype=torch.promote_types(pieces[0].dtype, torch.float32))
+    squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square()
+    sharded = [grad for grad in grads if isinstance(grad, DTensor)]
+    if sharded:
+        shares = torch.tensor([1 / _n_holders(grad) for grad in grads], dtype=squares.dtype)
+        # with CPU offload the gradients lie on the CPU, but NCCL sums on the GPU
+        total = (squares * shares.to(squares.device)).sum().to(sharded[0].device_mesh.device_type)
+        dist.all_reduce(total)
+    else:
+        total = squares.sum()  # one process, or DDP, whose ranks hold equal gradients
+    norm = total.sqrt()
+    if max_norm is not None:
+        torch._foreach_mul_(pieces, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(pieces[0].device))
+    return norm
+
+
+def _n_holders(grad: Tensor) -> int:
+    """Return how many ranks hold the same piece of this gradient."""
+    n_pieces = 1
+    if isinstance(grad, DTensor):
+        for size, placement in zip(grad.device_mesh.shape, grad.placements, strict=True):
+            assert not placement.is_partial(), "a gradient that is not summed yet"
+            n_pieces *= size if not placement.is_replicate() else 1
+    return dist.get_world_size() // n_pieces
+
+
+class FirstNonFinite:
+    """The first step whose gradient norm was not finite. It stays on the device; only asking for it waits.
+
+    The norm is the global one, so all ranks hold the same value and need no vote.
+
+    Args:
+        device: Where the norms are.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.value = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, grad_norm: Tensor, step: int) -> None:
+        """Note a step (from 1) and its gradient norm."""
+        bad = (self.value == 0) & ~torch.isfinite(grad_norm).to(self.value.device)
+        self.value.copy_(torch.where(bad, step, self.value))
+
+    def step(self) -> int | None:
+        """Return the first such step, or None."""
+        return int(self.value.item()) or None
+
+    def check(self) -> None:
+        """Raise a UserError that names the step, if there was one."""
+        if (step := self.step()) is not None:
+            raise UserError(
+                f"The gradients of step {step} were not finite, so training stopped there and nothing was saved since. "
+                "Lower `optimizer.lr`, or raise `train.lr_warmup_steps`, and resume from the last saved step."
+            )

@@ -1,0 +1,126 @@
+"""Which prompt style a checkpoint is used with, and how that is saved."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litgpt import names
+from litgpt.errors import MissingFile, UserError, did_you_mean
+from litgpt.prompts.style import PromptStyle, known_style, prompt_styles
+from litgpt.prompts.template import ChatTemplate, read_chat_template
+from litgpt.tokenizer import Tokenizer
+
+CHAT_TEMPLATE_STYLE = "chat-template"
+
+
+def find_prompt_style(
+    checkpoint_dir: str | Path,
+    tokenizer: Tokenizer | None = None,
+    explicit: str | PromptStyle | dict[str, Any] | None = None,
+    config: Any = None,
+    for_instructions: bool = False,
+) -> PromptStyle:
+    """Return the prompt style to use with a checkpoint.
+
+    It is the first of: the explicit one, `prompt_style.yaml`, the checkpoint's chat template, the style of the exact name on the hub,
+    Alpaca for instruction data, and `Default`.
+
+    Args:
+        checkpoint_dir: The folder of the checkpoint.
+        tokenizer: Its tokenizer, whose folder is searched for a chat template too.
+        explicit: A style; or its name, its class path, or `chat-template`; or its class path with arguments.
+        config: The model's `Config`, which may name the checkpoint.
+        for_instructions: Whether it is for training on instructions.
+
+    Raises:
+        UserError: The explicit style is unknown, or a file is damaged.
+    """
+    folders = [Path(checkpoint_dir)] + ([] if tokenizer is None else [tokenizer.checkpoint_dir])
+    templates = (folder for folder in folders if read_chat_template(folder) is not None)
+    if isinstance(explicit, PromptStyle):
+        return explicit
+    if explicit == CHAT_TEMPLATE_STYLE:
+        return ChatTemplate.from_checkpoint(next(templates, folders[0]))
+    if explicit is not None:
+        return _named(explicit, folders[-1])
+    if has_prompt_style(checkpoint_dir):
+        return load_prompt_style(checkpoint_dir)
+    if (folder := next(templates, None)) is not None:
+        return ChatTemplate.from_checkpoint(folder)
+    return prompt_styles[known_style(config) or ("alpaca" if for_instructions else "default")]()
+
+
+def save_prompt_style(style: str | PromptStyle, checkpoint_dir: str | Path) -> None:
+    """Write `prompt_style.yaml`: the class of a style and its arguments. A chat template's text stays in the tokenizer's files.
+
+    Args:
+        style: The style or its name.
+        checkpoint_dir: The folder.
+
+    Raises:
+        UserError: An argument cannot be written.
+    """
+    style = PromptStyle.from_name(style) if isinstance(style, str) else style
+    content: dict[str, Any] = {"class_path": _path(type(style))}
+    if style.init_args:
+        content["init_args"] = dict(style.init_args)
+    try:
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError:
+        raise UserError(f"The arguments of {content['class_path']} must be plain values to be saved, but are {style.init_args}.") from None
+    (Path(checkpoint_dir) / names.PROMPT_STYLE).write_text(text, encoding="utf-8")
+
+
+def load_prompt_style(checkpoint_dir: str | Path) -> PromptStyle:
+    """Return the style that `save_prompt_style` wrote, here or in LitGPT.
+
+    Raises:
+        MissingFile: There is no such file.
+        UserError: It is damaged, or names a class that this program does not know.
+    """
+    path = Path(checkpoint_dir) / names.PROMPT_STYLE
+    if not path.is_file():
+        raise MissingFile(f"There is no {names.PROMPT_STYLE} in {str(checkpoint_dir)!r}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{str(path)!r} is not readable YAML ({error}). Delete it, or write `class_path: litgpt.prompts.Alpaca`.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
+        raise UserError(f"{str(path)!r} must hold a `class_path`, as in `class_path: litgpt.prompts.Alpaca`, but holds {content!r}.")
+    return _named(content, Path(checkpoint_dir))
+
+
+def has_prompt_style(checkpoint_dir: str | Path) -> bool:
+    """Whether a folder has a `prompt_style.yaml`."""
+    return (Path(checkpoint_dir) / names.PROMPT_STYLE).is_file()
+
+
+def _named(style: str | dict[str, Any], folder: Path) -> PromptStyle:
+    """Return the style with a name or class path, if this program has such a class. Nothing is imported for it."""
+    path = style.get("class_path") if isinstance(style, dict) else style
+    arguments = (style.get("init_args") or {}) if isinstance(style, dict) else {}
+    known = {_path(cls): cls for cls in _subclasses(PromptStyle)} | {
+        f"litgpt.prompts.{cls.__name__}": cls for cls in prompt_styles.values()
+    }
+    cls = prompt_styles.get(path) or known.get(path)
+    if cls is None:
+        choices = [*prompt_styles, CHAT_TEMPLATE_STYLE]
+        raise UserError(
+            f"{path!r} is not a prompt style that this program knows.{did_you_mean(str(path), choices)} Use {', '.join(choices)}, "
+            "or import the module that defines it first."
+        )
+    try:
+        return ChatTemplate.from_checkpoint(folder, **arguments) if cls is ChatTemplate else cls(**arguments)
+    except TypeError as error:
+        raise UserError(f"The prompt style {path!r} does not take the arguments {arguments}: {error}.") from None
+
+
+def _path(cls: type) -> str:
+    """Return the class path of a style; ours are all known as `litgpt.prompts.NAME`."""
+    package, _, _ = __name__.rpartition(".")
+    return f"{package if cls.__module__.startswith(f'{package}.') else cls.__module__}.{cls.__qualname__}"
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*map(_subclasses, cls.__subclasses__()))

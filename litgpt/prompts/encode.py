@@ -1,0 +1,104 @@
+"""From messages to token ids: what a model is given, and what it is trained on."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+from litgpt.errors import UserError
+from litgpt.prompts.style import Message, Piece, PromptStyle, as_messages
+from litgpt.tokenizer import Tokenizer
+
+
+def encode_prompt(style: PromptStyle, tokenizer: Tokenizer, messages: list[Message], *, sys_prompt: str | None = None) -> list[int]:
+    """Return the ids that a model answers to. They begin with at most one BOS and end where the answer begins.
+
+    Args:
+        style: How the messages are written.
+        tokenizer: The tokenizer.
+        messages: The conversation; the last message is not the assistant's.
+        sys_prompt: The system text, if the messages have none.
+
+    Raises:
+        UserError: The messages are not such a conversation.
+    """
+    messages = as_messages(messages, sys_prompt)
+    if messages[-1]["role"] == "assistant":
+        raise UserError("The last message is the assistant's, so there is nothing to answer. End with what the user says.")
+    return _encode(style, tokenizer, style.pieces(messages, style.turn_end(tokenizer)))[0]
+
+
+def encode_training(
+    style: PromptStyle, tokenizer: Tokenizer, messages: list[Message], *, mask_prompt: bool = True
+) -> list[tuple[list[int], list[bool]]]:
+    """Return the samples that a conversation is trained on: their ids, and which of them are targets.
+
+    In each sample the ids before an answer are those that `encode_prompt` returns for the messages before it. Where a chat template
+    changes earlier turns, each answer is a sample of its own.
+
+    Args:
+        style: How the messages are written.
+        tokenizer: The tokenizer.
+        messages: The conversation; what follows the last answer is left out.
+        mask_prompt: Whether only answers and the tokens that end them are trained on, instead of everything.
+
+    Raises:
+        UserError: The messages are not a conversation with an answer.
+    """
+    messages = as_messages(messages)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError("A conversation to train on needs a message from 'assistant'.")
+    encoded = []
+    samples = style.samples(messages, style.turn_end(tokenizer))
+    for pieces in samples:
+        if len(samples) > 1:  # earlier answers have samples of their own
+            start = max(i for i, piece in enumerate(pieces) if piece.answers)
+            pieces = [piece._replace(trained=piece.trained and i >= start) for i, piece in enumerate(pieces)]
+        ids, trained = _encode(style, tokenizer, pieces)
+        encoded.append((ids, _without_space_after_end(tokenizer, ids, trained) if mask_prompt else [True] * len(ids)))
+    return encoded
+
+
+def _encode(style: PromptStyle, tokenizer: Tokenizer, pieces: Sequence[Iterable]) -> tuple[list[int], list[bool]]:
+    """Return the ids of pieces, and whether the piece of each id's last character is trained on.
+
+    The text is encoded as a whole, unless the ids up to an answer would then differ from those of the prompt alone: there the rest is
+    encoded on its own. So the ids of a prompt are always a prefix of those of the conversation that goes on from it.
+    """
+    pieces = [Piece(*piece) for piece in pieces]  # a style may return pairs
+    text = "".join(piece.text for piece in pieces)
+    ends, answers = [], []  # where pieces end, and where prompts end
+    for index, piece in enumerate(pieces):
+        start = ends[-1] if ends else 0
+        follows = piece.trained and index > 0 and not pieces[index - 1].trained
+        if start and (follows if piece.answers is None else piece.answers):
+            answers.append(start)
+        ends.append(start + len(piece.text))
+    ids, last_characters = [], []
+    done, called_from = 0, 0  # ids that are settled, and where the text of the newest call begins
+    for previous, end in zip([0, *answers], [*answers, len(text)]):
+        new, spans = tokenizer.offsets(text[called_from:end], inside=called_from > 0)
+        if new[: len(ids) - done] != ids[done:]:
+            done, called_from = len(ids), previous
+            new, spans = tokenizer.offsets(text[called_from:end], inside=True)
+        ids[done:] = new
+        last_characters[done:] = [called_from + max(stop - 1, 0) for _, stop in spans]
+    trained = [pieces[min(bisect_right(ends, last), len(pieces) - 1)].trained for last in last_characters]
+    if style.adds_bos and tokenizer.use_bos:
+        begun = tokenizer.begin(ids)
+        return begun, [False] * (len(begun) - len(ids)) + trained
+    return ids, trained
+
+
+def _without_space_after_end(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[bool]:
+    """Leave out the white space that templates write after the token that ends an answer: a model stops before it."""
+    trained = list(trained)
+    for run in range(len(ids), 0, -1):
+        if not trained[run - 1] or (run < len(ids) and trained[run]):
+            continue  # not the last token of an answer
+        last = run
+        while last and trained[last - 1] and ids[last - 1] not in tokenizer.special_ids and not tokenizer.decode([ids[last - 1]]).strip():
+            last -= 1
+        if last and ids[last - 1] in tokenizer.special_ids:
+            trained[last:run] = [False] * (run - last)
+    return trained

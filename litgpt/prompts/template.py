@@ -1,0 +1,159 @@
+"""The chat template of a checkpoint, as a prompt style."""
+
+from pathlib import Path
+from typing import Any
+
+from litgpt import names
+from litgpt.errors import UserError
+from litgpt.prompts.sandbox import render
+from litgpt.prompts.style import Message, Piece, PromptStyle, as_messages, user_text
+from litgpt.tokenizer import Tokenizer, named_tokens, read_json
+
+
+class ChatTemplate(PromptStyle):
+    """The Jinja template that comes with a checkpoint. It writes the BOS token itself, if there is to be one."""
+
+    adds_bos = False
+
+    def __init__(self, template: str, special_tokens: dict[str, str] | None = None, variables: dict[str, Any] | None = None) -> None:
+        """Take a template's text.
+
+        Args:
+            template: The text.
+            special_tokens: What it may use of the tokenizer, as in `{"bos_token": "<s>"}`.
+            variables: What else it may use, as in `{"enable_thinking": False}`. Only these are saved with a checkpoint.
+        """
+        self.template = template
+        self.special_tokens = special_tokens or {}
+        self.variables = variables or {}
+        self.init_args = {"variables": variables} if variables else {}
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint_dir: str | Path, variables: dict[str, Any] | None = None) -> "ChatTemplate":
+        """Return the template of a folder.
+
+        Raises:
+            UserError: The folder has none.
+        """
+        template = read_chat_template(checkpoint_dir)
+        if template is None:
+            raise UserError(f"There is no chat template in {str(checkpoint_dir)!r}. Name another prompt style.")
+        return cls(template, named_tokens(Path(checkpoint_dir)), variables)
+
+    def render(self, messages: list[Message], generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of messages, and the parts that the template marks as the assistant's.
+
+        Args:
+            messages: The conversation.
+            generation_prompt: Whether to write what an answer begins with.
+        """
+        written = [
+            {key: value for key, value in message.items() if key != "input"} | {"content": user_text(message)}
+            if message.get("input") and isinstance(message.get("content"), str)
+            else message
+            for message in messages
+        ]
+        defaults = {"tools": None, "documents": None}
+        given = {"messages": written, "add_generation_prompt": generation_prompt}
+        return render(self.template, **(defaults | self.special_tokens | self.variables | given))
+
+    def pieces(self, messages: list[Message], end: str | None = None) -> list[Piece]:
+        """Return the text of a conversation in pieces. What ends an answer is the template's business."""
+        messages = as_messages(messages)
+        opened = messages[-1]["role"] != "assistant"
+        text, marked = self.render(messages, opened)
+        turns = self._turns(messages, text)
+        if turns is None:
+            return [Piece(text)] if opened else self.samples(messages)[-1]
+        pieces, position = [], 0
+        for start, stop in turns:
+            pieces += [Piece(text[position:start]), *_answer(text, start, stop, marked)]
+            position = stop
+        return [piece for piece in (*pieces, Piece(text[position:])) if piece.text or piece.answers]
+
+    def samples(self, messages: list[Message], end: str | None = None) -> list[list[Piece]]:
+        """Return the conversation in pieces; one for each answer where the template changes earlier turns."""
+        messages = as_messages(messages)
+        text, _ = self.render(messages, False)
+        if self._turns(messages, text) is not None:
+            return [self.pieces(messages)]
+        samples = []
+        for index in _answers(messages):
+            prompt = self.pieces(messages[:index])
+            given = "".join(piece.text for piece in prompt)
+            text, marked = self.render(messages[: index + 1], False)
+            if not text.startswith(given):  # as where the prompt opens a thought that the finished turn does not have
+                content = str(messages[index].get("content") or "").strip()
+                begins = text.rfind(content) if content else -1
+                if begins < 0:
+                    raise UserError(f"The chat template does not write message {index} as given, so it cannot be trained on.")
+                shift = len(given) - begins
+                text, marked = given + text[begins:], [(max(start + shift, len(given)), stop + shift) for start, stop in marked]
+            samples.append([*prompt, *_answer(text, len(given), len(text), marked)])
+        return samples
+
+    def _turns(self, messages: list[Message], text: str) -> list[tuple[int, int]] | None:
+        """Return from where to where each answer goes, or None if what is served for one is not how the text begins."""
+        turns = []
+        for index in _answers(messages):
+            before, _ = self.render(messages[:index], True)
+            after = text if index == len(messages) - 1 else self.render(messages[: index + 1], False)[0]
+            if not (text.startswith(before) and text.startswith(after) and len(before) <= len(after)):
+                return None
+            turns.append((len(before), len(after)))
+        return turns
+
+    def turn_end(self, tokenizer: Tokenizer) -> str:
+        """Return the special token that the template writes behind an answer, or nothing."""
+        try:
+            text, _ = self.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], False)
+        except UserError:  # it wants other messages
+            return ""
+        ids = tokenizer.ids(text.rpartition("answer")[2].strip())
+        return tokenizer.text(ids[0]) if ids and ids[0] in tokenizer.special_ids else ""
+
+    def stop_tokens(self, tokenizer: Tokenizer) -> tuple[list[int], ...]:
+        """Return EOS and the special token that the template writes behind an answer."""
+        sequences = [[i] for i in tokenizer.eos_ids]
+        end = self.turn_end(tokenizer)
+        if end and (ids := [tokenizer.token_to_id(end)]) not in sequences:
+            sequences.append(ids)
+        return tuple(sequences)
+
+
+def _answers(messages: list[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _answer(text: str, start: int, stop: int, marked: list[tuple[int, int]]) -> list[Piece]:
+    """Return an answer in pieces: all of it is trained on, unless the template marks parts."""
+    parts = [(max(first, start), min(last, stop)) for first, last in marked if last > start and first < stop]
+    if not marked:
+        parts = [(start, stop)]
+    pieces, position = [], start
+    for first, last in parts:
+        pieces += [Piece(text[position:first]), Piece(text[first:last], trained=True)]
+        position = last
+    pieces = [piece for piece in (*pieces, Piece(text[position:stop])) if piece.text]
+    return [piece._replace(answers=index == 0) for index, piece in enumerate(pieces or [Piece("")])]
+
+
+def read_chat_template(checkpoint_dir: str | Path) -> str | None:
+    """Return the chat template of a folder, or None if it has none: a file of its own, else a key of the tokenizer's config.
+
+    Raises:
+        UserError: A file is damaged, or there are several templates and none of them is the default.
+    """
+    folder = Path(checkpoint_dir)
+    try:
+        if (folder / names.CHAT_TEMPLATE).is_file():
+            return (folder / names.CHAT_TEMPLATE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(folder / names.CHAT_TEMPLATE)!r} is not readable text ({error}). Download the file again.") from None
+    found = read_json(folder / names.TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        if "default" not in named and len(named) != 1:
+            raise UserError(f"{str(folder)!r} has the chat templates {', '.join(map(str, named))}, but none is called 'default'.")
+        found = named.get("default", next(iter(named.values())))
+    return found if isinstance(found, str) else None

@@ -1,0 +1,219 @@
+"""A training run as both training scripts see it: its folder, the step it goes on from, what it counts, shows, logs and saves."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning import LightningDataModule
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from litgpt import names
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.errors import MissingFile, UserError
+from litgpt.metrics import Meter, ProgressLine, report, validation_values
+from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
+from litgpt.run_state import latest_step, load_run_state, save_run_state, saved_parameters
+from litgpt.training import Feed, Limits, Sample, StopRequest, validate, validation_microbatches
+
+# The run's folder
+
+
+def run_folder(out_dir: Path) -> Path:
+    """Return where a run writes: `out_dir`, below LIGHTNING_ARTIFACTS_DIR if that is set and `out_dir` is relative."""
+    return Path(os.environ.get("LIGHTNING_ARTIFACTS_DIR", "")) / out_dir
+
+
+def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: bool = False) -> Path | None:
+    """Return the step folder that a run goes on from, or None for a run that begins.
+
+    Args:
+        out_dir: The run's folder.
+        resume: True wants the last step in `out_dir`, "auto" takes it if there is one; a path names a step or another run's folder.
+        overwrite: Whether a new run may take the place of the one in `out_dir`.
+
+    Raises:
+        MissingFile: There is no such step.
+        UserError: `out_dir` holds a run, and neither option says what to do with it.
+    """
+    if resume in (True, "auto", "true"):
+        found = latest_step(out_dir)
+        if found is None and resume != "auto":
+            raise MissingFile(f"`resume` is true, but {out_dir} holds no step to go on from. Use `--resume auto` to begin where there is none.")
+        if found is not None or not results_in(out_dir):
+            return found
+    elif resume not in (False, None, "false"):
+        folder = Path(resume)
+        found = folder if (folder / names.RUN_STATE / names.STATE).is_file() else latest_step(folder)
+        if found is None:
+            raise MissingFile(f"`resume` names {folder}, which is no step of a run and holds none, such as {names.STEP.format(100)}.")
+        return found
+    if (results := results_in(out_dir)) and not overwrite:
+        ways = "Go on from its last step with `--resume true`, start over with `--overwrite true`, or choose another `--out_dir`."
+        raise UserError(f"{out_dir} already holds a run ({results[-1].name}). {ways}")
+    return None
+
+
+def results_in(out_dir: Path) -> list[Path]:
+    """Return the steps and final folders of a run, finished or not."""
+    patterns = (names.STEP.replace("{:06d}", "[0-9]*"), names.FINAL, names.BEST)
+    return sorted(path for pattern in patterns for ending in ("", names.PARTIAL) for path in out_dir.glob(pattern + ending) if path.is_dir())
+
+
+# Data
+
+
+def prepared(fabric: Fabric, data: LightningDataModule) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Download and read a connected data set; return its samples to train on and those to validate on, which may be none."""
+    with fabric.rank_zero_first():
+        data.prepare_data()
+    data.setup()
+    train, val = data.train_dataset, data.val_dataset
+    if train is None:  # a module that defines its loaders only
+        train, val = (getattr(loader, "dataset", None) for loader in (data.train_dataloader(), data.val_dataloader()))
+    if not hasattr(train, "__len__"):
+        raise UserError(f"{type(data).__name__} does not say how many samples it has: its data set needs `__len__` and `__getitem__`.")
+    return train, [] if val is None else val
+
+
+# The run
+
+
+class Run:
+    """What a training script does beside training. Use it as a context, which listens to signals and shows progress.
+
+    Args:
+        fabric: The launched one.
+        model: As `fabric.setup_module` returned it.
+        optimizer: As `fabric.setup_optimizers` returned it.
+        out_dir: Where steps are saved.
+        train: The options of the training.
+        peak: The highest learning rate.
+        limits: When the run ends.
+        same: What a resumed run must have in common with the one before, lest it see other samples: option -> value.
+        side_files: Writes config, tokenizer and the like into a step's folder.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        optimizer: Optimizer,
+        out_dir: Path,
+        train: TrainArgs,
+        peak: float,
+        limits: Limits,
+        same: Mapping[str, Any],
+        side_files: Callable[[Path], None],
+    ) -> None:
+        self.fabric, self.model, self.optimizer, self.out_dir, self.train = fabric, model, optimizer, out_dir, train
+        self.peak, self.limits, self.same, self.side_files = peak, limits, dict(same), side_files
+        self.warmup = warmup_steps(train, limits.max_steps)
+        self.non_finite = FirstNonFinite(fabric.device)
+        self.meter = Meter(limits.max_steps)
+        self.progress = ProgressLine(limits.max_steps, shown=fabric.is_global_zero)
+        self.stop = StopRequest()
+
+    def __enter__(self) -> Self:
+        self.stop.__enter__()
+        self.progress.__enter__()
+        self.meter.started = self.meter.last = self.meter.clock()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
+        self.stop.__exit__(*error)
+
+    @property
+    def step(self) -> int:
+        """The last step that is done."""
+        return self.meter.step
+
+    def begin(self, resumed: Path | None, hyperparameters: Mapping[str, Any]) -> None:
+        """Go on from a step, or make room for a new run."""
+        if resumed is not None:
+            counters = load_run_state(self.fabric, resumed, self.model, self.optimizer)
+            if different := [name for name, value in self.same.items() if counters.get(name) != value]:
+                name = different[0]
+                saved = f"{resumed} is of a run with {name} {counters.get(name)!r}, not {self.same[name]!r}, and would go on with other samples."
+                raise UserError(f"{saved} Resume with the flags of that run.")
+            self.meter.step, self.meter.total_tokens = counters["step"], counters["total_tokens"]
+            self.progress.say(f"Going on after step {self.step}, from {resumed}.")
+        elif self.fabric.is_global_zero:
+            for path in results_in(self.out_dir):  # `step_to_resume` asked for permission
+                shutil.rmtree(path)
+        self.fabric.barrier()
+        if type(self.fabric.logger).__name__ != "CSVLogger":  # which has no place for them
+            self.fabric.logger.log_hyperparams(dict(hyperparameters))
+
+    def feed(self, samples: Sequence[Sample], seed: int) -> Feed:
+        """Return the microbatches of the steps to come."""
+        return Feed(self.fabric, samples, self.train, seed, self.step + 1, self.limits.last, self._wants_to_stop)
+
+    def _wants_to_stop(self) -> bool:
+        return bool(self.stop) or self.limits.out_of_time(self.meter.elapsed())
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        train = self.train
+        return learning_rate(step, self.peak, self.limits.max_steps, self.warmup, train.lr_schedule, train.min_lr)
+
+    def count(self, n_tokens: int) -> None:
+        """Note that a step is done."""
+        self.meter.count(n_tokens)
+
+    def log(self, loss: Tensor, grad_norm: Tensor, epoch: int) -> None:
+        """Show and log a step. This waits for the device."""
+        self.non_finite.check()
+        mean_loss = self.fabric.all_reduce(loss, reduce_op="mean").item()
+        values = self.meter.values(mean_loss, self.learning_rate(self.step), grad_norm.item(), epoch)
+        self.progress.update(values)
+        self.fabric.log_dict(values, self.step)
+
+    def validate(self, samples: Sequence[Sample], eval: EvalArgs | None = None) -> None:
+        """Show and log the mean loss of a token over samples, or over as many of them as `eval.max_iters` allows."""
+        if not len(samples):
+            return
+        with self.meter.paused():
+            val_loss = validate(self.fabric, self.model, validation_microbatches(self.fabric, samples, self.train, eval))
+            values = validation_values(val_loss)
+            self.progress.say(f"step {self.step} | val loss {val_loss:.3f} | val ppl {values['val_ppl']:.2f}")
+            self.fabric.log_dict(values, self.step)
+
+    def save(self) -> Path:
+        """Write the folder of the step that is done."""
+        folder = self.out_dir / names.STEP.format(self.step)
+        counters = {"step": self.step, "total_tokens": self.meter.total_tokens, **self.same}
+        with self.meter.paused():
+            save_run_state(self.fabric, folder, self.model, self.optimizer, counters, self.side_files, self.non_finite)
+        return folder
+
+    def end(self, feed: Feed) -> None:
+        """Check the last steps. If the system asked this run to stop, save its step and leave the program, so that it can be resumed.
+
+        Raises:
+            SystemExit: The system asked to stop, on whichever rank.
+        """
+        self.non_finite.check()
+        asked = self.fabric.all_reduce(torch.tensor(float(bool(self.stop)), device=self.fabric.device), reduce_op="sum").item()
+        if feed.stopped and asked:
+            folder = self.save() if self.step else None
+            where = f"Its state is in {folder}: go on with `--resume true`." if folder else "Nothing was learned yet."
+            self.progress.say(f"Stopped after step {self.step}, as asked. {where}")
+            raise SystemExit(130)
+        if feed.stopped:
+            self.progress.say(f"Stopping after step {self.step}: `train.max_time` is over.")
+
+    def report(self) -> str:
+        """Return the table for the end of the run."""
+        return report(self.meter)
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Return what was trained, each parameter whole and on the CPU. All ranks must call this."""
+        weights = {name: parameter.detach() for name, parameter in saved_parameters(self.model).items()}
+        return {name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).cpu() for name, weight in weights.items()}

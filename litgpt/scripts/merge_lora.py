@@ -1,0 +1,43 @@
+"""Merge LoRA updates into the weights they were trained beside."""
+
+import shutil
+from pathlib import Path
+
+from litgpt import names
+from litgpt.checkpoint import copy_side_files, has_lora, load_lora, stored_dtype, write_checkpoint
+from litgpt.errors import MissingFile, UserError
+from litgpt.hardware import products_dtype
+from litgpt.lora import merge_lora_weights
+from litgpt.scripts.download import find_checkpoint
+
+
+def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = None, precision: str | None = None) -> None:
+    """Add LoRA updates to the weights they were trained beside, which makes a folder that every command and transformers can load.
+
+    The merged weights are written into the same folder, beside the updates. A folder that is merged already is left as it is.
+
+    Args:
+        checkpoint_dir: A folder that `finetune_lora` wrote (a step, or LitGPT's with `lit_model.pth.lora`), or a PEFT adapter.
+        pretrained_checkpoint_dir: The model that was finetuned. By default the one that the updates name.
+        precision: The type of the merged weights: `32-true`, `bf16-true` or `16-true`. By default that of the pretrained model.
+    """
+    folder = next((path for path in (checkpoint_dir, Path(names.CHECKPOINTS) / checkpoint_dir) if path.is_dir()), None)
+    if folder is None:
+        raise MissingFile(f"There is no folder {str(checkpoint_dir)!r}, neither here nor in {names.CHECKPOINTS}/.")
+    if not has_lora(folder):
+        if any(folder.glob("*.safetensors")) or (folder / names.LIT_WEIGHTS).is_file():
+            print(f"The LoRA weights of {folder} are merged already.")
+            return
+        raise UserError(f"{folder} holds no LoRA updates: neither {names.LIT_LORA} nor {names.ADAPTER_CONFIG} nor a step of finetune_lora.")
+    base = find_checkpoint(pretrained_checkpoint_dir) if pretrained_checkpoint_dir is not None else None
+    model, base = load_lora(folder, base)
+    merge_lora_weights(model)
+    dtype = products_dtype(precision) if precision is not None else stored_dtype(base)
+    merged = folder.with_name(folder.name + ".merged")
+    write_checkpoint(
+        merged, model.state_dict(), model.config, source=folder, dtype=dtype, extras=lambda to: copy_side_files(base, to), overwrite=True
+    )
+    for file in sorted(merged.iterdir()):
+        file.replace(folder / file.name)
+    shutil.rmtree(merged)
+    print(f"Saved the merged weights to {folder}.")

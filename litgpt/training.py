@@ -1,0 +1,406 @@
+"""What both training scripts share: which samples a step sees, its passes, and what all ranks must agree on."""
+
+import math
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
+
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.errors import UserError
+from litgpt.loss import IGNORED
+from litgpt.optim import FirstNonFinite, clip_gradients, set_learning_rate
+from litgpt.run_state import loss_scaler
+
+Sample = Tensor | Mapping[str, Any]  # token ids (T,), or `input_ids` and `labels`, both (T,)
+
+
+def data_share(fabric: Fabric) -> tuple[int, int]:
+    """Return this rank's number among those that get different data, and how many those are. A tensor-parallel group shares its data."""
+    share = getattr(fabric.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+    return share["rank"], share["num_replicas"]
+
+
+def seed_generators(fabric: Fabric, seed: int) -> None:
+    """Seed all global generators by data share: ranks that see the same data drop out alike, others do not."""
+    share, _ = data_share(fabric)
+    seed = (seed + 1_000_003 * share) % 2**32  # numpy's seeds end there
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# Which samples a step sees
+
+
+class Drawn(NamedTuple):
+    """The samples of one step, over all ranks."""
+
+    epoch: int  # from 1
+    indices: list[int]
+
+
+def steps(n_samples: int, global_batch_size: int, seed: int, first: int = 1) -> Iterator[Drawn]:
+    """Yield the samples of every step, for ever. Each epoch goes through all of them in an order of its own; its last step can be smaller.
+
+    The order depends on seed and epoch only, so a run can begin at any step and on any number of ranks.
+
+    Args:
+        n_samples: How many there are.
+        global_batch_size: How many one step sees.
+        seed: Of the orders.
+        first: The step to begin with, from 1.
+    """
+    for step in count(first):
+        epoch, position = divmod(step - 1, steps_per_epoch(n_samples, global_batch_size))
+        if position == 0 or step == first:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+            order = torch.randperm(n_samples, generator=generator)
+        yield Drawn(epoch + 1, order[position * global_batch_size :][:global_batch_size].tolist())
+
+
+def steps_per_epoch(n_samples: int, global_batch_size: int) -> int:
+    """Return how many steps it takes to see every sample once."""
+    return math.ceil(n_samples / global_batch_size)
+
+
+class Microbatch(NamedTuple):
+    """What one forward pass sees."""
+
+    ids: Tensor  # (B, T)
+    targets: Tensor  # (B, T), the id that follows each; -100 does not count
+    n_tokens: int = 0  # without padding
+
+
+def microbatches_of(
+    samples: Sequence[Sample], micro_batch_size: int, collate: Callable[[Sequence[Sample]], Microbatch] | None = None
+) -> list[Microbatch]:
+    """Return the samples cut into microbatches, the longest first, so that little is padded and memory runs out early if at all.
+
+    Args:
+        samples: Those of one rank in one step.
+        micro_batch_size: How many one microbatch holds.
+        collate: Makes a microbatch of samples; `padded` by default.
+    """
+    ordered = sorted(samples, key=lambda sample: -len(_ids(sample)))
+    return [(collate or padded)(ordered[i : i + micro_batch_size]) for i in range(0, len(ordered), micro_batch_size)]
+
+
+def padded(samples: Sequence[Sample]) -> Microbatch:
+    """Return samples as one microbatch: targets are what follows, and shorter samples are padded on the right."""
+    ids, targets = [], []
+    for sample in samples:
+        labels = sample if isinstance(sample, Tensor) else sample["labels"]
+        n = len(labels) - 1
+        ids.append(_ids(sample)[: max(1, n)])  # a single token has nothing to predict, but a row must not be empty
+        targets.append(labels[1:] if n else torch.full((1,), IGNORED))
+    n_tokens = sum(map(len, ids))
+    return Microbatch(
+        pad_sequence(ids, batch_first=True).long(), pad_sequence(targets, batch_first=True, padding_value=IGNORED).long(), n_tokens
+    )
+
+
+def _ids(sample: Sample) -> Tensor:
+    return sample if isinstance(sample, Tensor) else sample["input_ids"]
+
+
+def evened(microbatches: list[Microbatch], n_microbatches: int) -> list[Microbatch]:
+    """Return the same microbatches, followed by ones without targets until there are as many as on the other ranks."""
+    ignored = Microbatch(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORED))
+    return microbatches + [ignored] * (n_microbatches - len(microbatches))
+
+
+# What all ranks agree on
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a step before they begin it."""
+
+    n_targets: int
+    n_tokens: int
+    n_microbatches: int  # the most that any rank has; 0 when nobody has data
+    stop: bool
+
+
+class Votes:
+    """One small CPU all-gather for each step, begun while the step before it runs.
+
+    It counts targets, evens out microbatches, and agrees to stop. It has its own gloo group, so it waits for no GPU and mixes with
+    no gradient's all-reduce.
+
+    Args:
+        fabric: The launched one.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.n_copies = fabric.world_size // data_share(fabric)[1]  # ranks that see the same data
+        self.group = dist.new_group(backend="gloo") if fabric.world_size > 1 else None
+        self.all = torch.zeros(fabric.world_size, 4, dtype=torch.int64)
+
+    def begin(self, microbatches: Sequence[Microbatch], stop: bool) -> None:
+        """Tell the others what this rank has for the next step, and whether it wants to stop before it."""
+        n_targets = sum(int((microbatch.targets != IGNORED).sum()) for microbatch in microbatches)
+        mine = torch.tensor([n_targets, sum(microbatch.n_tokens for microbatch in microbatches), len(microbatches), int(stop)])
+        self.work = dist.all_gather(list(self.all), mine, group=self.group, async_op=True) if self.group else self.all[0].copy_(mine)
+
+    def read(self) -> Agreed:
+        """Wait for the others and return what they said."""
+        if self.group:
+            self.work.wait()
+        n_targets, n_tokens, *_ = (self.all.sum(0) // self.n_copies).tolist()
+        return Agreed(n_targets, n_tokens, int(self.all[:, 2].max()), bool(self.all[:, 3].any()))
+
+
+class Feed:
+    """The microbatches of this rank, step by step, with what all ranks agreed on.
+
+    While a step runs, a thread fetches the samples of the next one and begins the vote on it. Iteration ends after step `last`, or
+    before a step that some rank does not want to begin (`stopped` is then true). Samples must draw from no global generator.
+
+    Args:
+        fabric: The launched one.
+        samples: All samples, the same on all ranks.
+        train: Its batch sizes.
+        seed: Of the order of the samples.
+        first: The step to begin with, from 1.
+        last: The last step, or None.
+        wants_to_stop: Asked before each step.
+        collate: Makes a microbatch of samples; `padded` by default.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        samples: Sequence[Sample],
+        train: TrainArgs,
+        seed: int,
+        first: int = 1,
+        last: int | None = None,
+        wants_to_stop: Callable[[], bool] = lambda: False,
+        collate: Callable[[Sequence[Sample]], Microbatch] | None = None,
+    ) -> None:
+        if not len(samples):
+            raise UserError("There is no sample to train on. Look at the data's file and at its validation split.")
+        self.samples, self.micro_batch_size, self.collate, self.wants_to_stop = samples, train.micro_batch_size, collate, wants_to_stop
+        self.share, self.pinned, self.votes = data_share(fabric), fabric.device.type == "cuda", Votes(fabric)
+        self.drawn = steps(len(samples), train.global_batch_size, seed, first)
+        self.n_left = None if last is None else max(0, last - first + 1)
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[tuple[int, list[Microbatch], Agreed]]:
+        """Yield for each step its epoch, this rank's microbatches, and what the ranks agreed on."""
+        with ThreadPoolExecutor(1) as thread:
+            following = thread.submit(self._fetch)
+            while True:
+                epoch, microbatches = following.result()
+                agreed = self.votes.read()
+                if agreed.stop or not agreed.n_microbatches:
+                    self.stopped = agreed.stop
+                    return
+                following = thread.submit(self._fetch)
+                yield epoch, evened(microbatches, agreed.n_microbatches), agreed
+
+    def _fetch(self) -> tuple[int, list[Microbatch]]:
+        epoch, microbatches = 0, []
+        if self.n_left is None or self.n_left > 0:
+            self.n_left = None if self.n_left is None else self.n_left - 1
+            rank, n_shares = self.share
+            epoch, indices = next(self.drawn)
+            microbatches = microbatches_of([self.samples[i] for i in indices[rank::n_shares]], self.micro_batch_size, self.collate)
+            if self.pinned:  # so that copies to the GPU do not wait
+                microbatches = [Microbatch(ids.pin_memory(), targets.pin_memory(), n) for ids, targets, n in microbatches]
+        self.votes.begin(microbatches, self.wants_to_stop())
+        return epoch, microbatches
+
+
+class StopRequest:
+    """True once the system asked this process to stop (SIGTERM, SIGINT, SIGUSR1). Use it as a context, which gives the signals back.
+
+    A second signal of the same kind does what it did before.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+                if (number := getattr(signal, name, None)) is not None:  # Windows lacks the last
+                    self.previous[number] = signal.signal(number, self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number in list(self.previous):
+            self._give_back(number)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._give_back(number)
+
+    def _give_back(self, number: int) -> None:
+        if (handler := self.previous.pop(number, None)) is not None:
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+
+# The passes of a step
+
+
+def forward_backward(fabric: Fabric, model: nn.Module, microbatches: Sequence[Microbatch], n_targets: int) -> Tensor:
+    """Leave in `grad` the gradients of one step's loss; the mean over ranks of what is returned is that loss.
+
+    The loss is the sum over all targets divided by their number, so how the batch is cut up changes nothing. What experts add
+    to balance their load is weighted by the targets of its microbatch.
+
+    Args:
+        fabric: What the model was set up with.
+        model: The wrapped model.
+        microbatches: Those of this rank. All ranks need equally many, for FSDP2 gathers weights in each forward pass.
+        n_targets: The targets of the whole step, over all microbatches and ranks.
+    """
+    scale = data_share(fabric)[1] / max(1, n_targets)  # DDP and FSDP2 average the gradients over the shares
+    total = torch.zeros((), device=fabric.device, dtype=_sum_dtype(fabric.device))
+    for i, microbatch in enumerate(microbatches, start=1):
+        ids, targets = (tensor.to(fabric.device, non_blocking=True) for tensor in (microbatch.ids, microbatch.targets))
+        with fabric.no_backward_sync(model, enabled=i < len(microbatches)):  # forward too: DDP decides there
+            nll, n, aux = model(ids, targets=targets)
+            fabric.backward((nll + aux * n) * scale)
+        total += nll.detach() * scale
+    return total
+
+
+def take_step(
+    fabric: Fabric, model: nn.Module, optimizer: Optimizer, step: int, lr: float, max_norm: float | None, non_finite: FirstNonFinite
+) -> Tensor:
+    """Clip the gradients, change the weights, clear the gradients; return the gradients' norm before clipping, without waiting.
+
+    Args:
+        fabric: What the model was set up with.
+        model: The wrapped model.
+        optimizer: The one that `fabric.setup_optimizers` returned.
+        step: Its number, from 1.
+        lr: The step's learning rate.
+        max_norm: None does not clip.
+        non_finite: Notes a norm that is not finite; not under fp16, whose scaler skips such steps.
+    """
+    if (scaler := loss_scaler(fabric)) is not None:
+        scaler.unscale_(optimizer.optimizer)
+    grad_norm = clip_gradients(model, max_norm)
+    if scaler is None:
+        non_finite.update(grad_norm, step)
+    set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
+@torch.no_grad()
+def validate(fabric: Fabric, model: nn.Module, microbatches: Iterable[Microbatch]) -> float:
+    """Return the mean loss of a target over the microbatches of all ranks, NaN if there is none. All ranks need equally many."""
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, device=fabric.device, dtype=_sum_dtype(fabric.device))
+    for microbatch in microbatches:
+        nll, n, _ = model(microbatch.ids.to(fabric.device), targets=microbatch.targets.to(fabric.device))
+        sums += torch.stack([nll.to(sums.dtype), n.to(sums.dtype)])
+    model.train(was_training)
+    nll, n = fabric.all_reduce(sums, reduce_op="sum").tolist()
+    return nll / n if n else float("nan")
+
+
+def validation_microbatches(
+    fabric: Fabric, samples: Sequence[Sample], train: TrainArgs, eval: EvalArgs | None = None
+) -> Iterator[Microbatch]:
+    """Yield this rank's share of a data set's first samples, equally many microbatches on all ranks.
+
+    Args:
+        fabric: The launched one.
+        samples: All samples, the same on all ranks.
+        train: Its micro-batch size.
+        eval: Its `max_iters` times that size is how many samples are seen, over all ranks; by default all.
+    """
+    size, (rank, n_shares) = train.micro_batch_size, data_share(fabric)
+    n = len(samples) if eval is None else min(len(samples), eval.max_iters * size)
+    mine = range(n)[rank::n_shares]
+    for i in range(0, math.ceil(n / n_shares), size):
+        yield evened([padded([samples[j] for j in mine[i : i + size]])] if mine[i : i + size] else [], 1)[0]
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which it does not have
+
+
+# When a run ends
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a run ends."""
+
+    last: int | None  # the last step that `epochs` and `max_steps` allow
+    max_steps: int | None  # how many steps are expected, where `max_tokens` counts too: what a schedule is made for
+    max_tokens: int | None
+    max_time: float | None
+
+    @classmethod
+    def of(cls, train: TrainArgs, n_samples: int, tokens_per_sample: float) -> "Limits":
+        """Return the limits that the options set.
+
+        Args:
+            train: Its `epochs`, `max_steps`, `max_tokens` and `max_time`.
+            n_samples: How many samples there are.
+            tokens_per_sample: How many tokens a sample has on average.
+
+        Raises:
+            UserError: None of them is set.
+        """
+        if all(limit is None for limit in (train.epochs, train.max_steps, train.max_tokens, train.max_time)):
+            raise UserError("Nothing ends this run. Set `train.epochs`, `train.max_steps`, `train.max_tokens` or `train.max_time`.")
+        size = train.global_batch_size
+        by_epochs = None if train.epochs is None else train.epochs * steps_per_epoch(n_samples, size)
+        last = min((limit for limit in (by_epochs, train.max_steps) if limit is not None), default=None)
+        expected = last
+        if train.max_tokens is not None:
+            epochs, rest = divmod(math.ceil(train.max_tokens / tokens_per_sample), n_samples)
+            by_tokens = epochs * steps_per_epoch(n_samples, size) + steps_per_epoch(rest, size)
+            expected = by_tokens if last is None else min(last, by_tokens)
+        return cls(last, expected, train.max_tokens, train.max_time)
+
+    def reached(self, total_tokens: int) -> bool:
+        """Say whether all tokens were seen. Equal on all ranks."""
+        return self.max_tokens is not None and total_tokens >= self.max_tokens
+
+    def out_of_time(self, seconds: float) -> bool:
+        """Say whether the time is over. Clocks differ, so ranks must vote on it."""
+        return self.max_time is not None and seconds >= self.max_time
+
+
+def check_limits(train: TrainArgs, eval: EvalArgs) -> None:
+    """Raise a UserError for a size, an interval or a limit that is not positive."""
+    groups = {
+        "train": (
+            train,
+            "global_batch_size micro_batch_size log_interval save_interval epochs max_steps max_tokens max_time max_norm max_seq_length",
+        ),
+        "eval": (eval, "interval max_iters max_new_tokens"),
+    }
+    for group, (args, options) in groups.items():
+        for option in options.split():
+            if (value := getattr(args, option)) is not None and value <= 0:
+                raise UserError(f"`{group}.{option}` is a positive number, but got {value}.")

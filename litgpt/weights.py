@@ -1,0 +1,55 @@
+"""Rules that rename and reshape weights between Hugging Face's names and ours, as data that knows nothing of torch.
+
+A name may hold `{}`, a layer's or expert's number, and end in `.*`, which stands for `.weight` and `.bias`; both sides share them.
+`litgpt.translate` carries the rules out, each in both directions.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Some tensors there are some tensors here."""
+
+    kind: str
+    """What has to be done, a row of the table in `litgpt.translate`."""
+    theirs: tuple[str, ...]
+    """The names on their side."""
+    ours: tuple[str, ...]
+    """The names on our side."""
+
+
+def same(theirs: str, ours: str) -> Rule:
+    """The tensor is the same; only its name differs."""
+    return Rule("same", (theirs,), (ours,))
+
+
+def joined(theirs: Iterable[str], ours: str) -> Rule:
+    """They keep queries, keys and values apart; we keep them in one tensor, in that order of rows."""
+    return Rule("joined", tuple(theirs), (ours,))
+
+
+def parted(theirs: str, ours: Iterable[str]) -> Rule:
+    """They keep in one tensor equal row blocks that we keep apart."""
+    return Rule("parted", (theirs,), tuple(ours))
+
+
+def interleaved_qkv(theirs: str, ours: str) -> Rule:
+    """They store the rows of queries, key and value group by group; we store all queries, then all keys, then all values."""
+    return Rule("interleaved_qkv", (theirs,), (ours,))
+
+
+def tied(theirs: str, ours: str) -> Rule:
+    """The tensor is the same, but where the config ties it to the embedding it is neither written nor read."""
+    return Rule("tied", (theirs,), (ours,))
+
+
+def ignored(theirs: str) -> Rule:
+    """They store it; we do not need it."""
+    return Rule("ignored", (theirs,), ())
+
+
+def prefixed(theirs: str, usual: str) -> Rule:
+    """Some of their files begin names with `theirs` where the other rules say `usual`; we write the usual one."""
+    return Rule("prefixed", (theirs,), (usual,))

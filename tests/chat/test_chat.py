@@ -1,0 +1,220 @@
+import io
+import json
+import re
+
+import pytest
+import torch
+from speaking import make_checkpoint
+
+from litgpt.chat import base
+from litgpt.chat.base import Conversation, common_length
+from litgpt.cli import main as cli
+from litgpt.errors import UserError
+from litgpt.generate.decode import RowState, complete, stream_text
+from litgpt.generate.run import load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("chat") / "tiny-llama", context=512)
+
+
+@pytest.fixture(scope="module")
+def speaker(folder):
+    return load(folder, precision="32-true")
+
+
+@pytest.fixture
+def chat(folder, monkeypatch, capsys):
+    """Run the command on lines of input; return what it printed."""
+
+    def run(text, *flags):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert cli(["chat", str(folder), "--precision", "32-true", "--max_new_tokens", "8", "--temperature", "0", *flags]) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+def conversation(speaker, max_new_tokens=8):
+    return Conversation(speaker, RowState(temperature=0.0), max_new_tokens)
+
+
+def fed(speaker, monkeypatch):
+    """Count the tokens of each call of the model."""
+    calls = []
+    handle = speaker.model.register_forward_pre_hook(lambda _, args: calls.append(args[0].numel()))
+    return calls, handle
+
+
+def fresh_answer(speaker, messages, n=8):
+    """The oracle: no memory, the whole conversation as one prompt."""
+    steps = complete(speaker.model, speaker.encode(messages), RowState(temperature=0.0), n, speaker.stop_tokens)
+    return "".join(stream_text(speaker.tokenizer, steps))
+
+
+def replies(out):
+    return re.findall(r">> Reply: (.*?)\n(?=>> Prompt|$)", out, re.DOTALL)
+
+
+def test_every_turn_is_answered_as_if_the_whole_conversation_were_one_prompt(speaker):
+    talk, messages = conversation(speaker), []
+    for prompt in ("Hello", "What food do llamas eat?", "你好 🙂", "Once more"):
+        messages.append({"role": "user", "content": prompt})
+        expected = fresh_answer(speaker, messages)
+        assert "".join(talk.answer(prompt)) == expected
+        messages.append({"role": "assistant", "content": expected})
+    assert talk.messages == messages
+
+
+def test_a_turn_feeds_only_what_the_memory_does_not_know(speaker, monkeypatch):
+    talk = conversation(speaker)
+    "".join(talk.answer("Tell me a long story about a llama that ate grass and hay."))
+    n_before = len(talk.ids)
+    calls, handle = fed(speaker, monkeypatch)
+    "".join(talk.answer("And then?"))
+    handle.remove()
+    whole = len(speaker.encode(talk.messages[:-1]))
+    assert calls[0] < whole - n_before + 12  # the new turn, and what the answer's text is spelt anew by
+    assert calls[1:] == [1] * (len(talk.made) - 1) or calls[1:] == [1] * len(talk.made)
+
+
+def test_the_command_chats_until_an_empty_line(chat, speaker, folder):
+    first = fresh_answer(speaker, "Hello")
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}, {"role": "user", "content": "Again"}]
+    out, err = chat("Hello\nAgain\n\nnever read\n")
+    assert f"Now chatting with {folder.name}." in out
+    assert replies(out) == [first, fresh_answer(speaker, messages)]
+    assert len(re.findall(r"Time for inference: .* tokens/sec, \d+ tokens", err)) == 2
+
+
+@pytest.mark.parametrize("end", ["", "!quit\n", "!exit\n", "/exit\n", "\n"], ids=["end of input", "!quit", "!exit", "/exit", "empty"])
+def test_a_chat_ends_quietly(chat, end):
+    out, err = chat("Hello\n" + end)
+    assert len(replies(out)) == 1
+    assert "Error" not in err
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat(speaker, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    base.interact(conversation(speaker))
+    assert capsys.readouterr().out == "\n"
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_ctrl_c_stops_only_the_answer_and_what_was_said_is_remembered(speaker, monkeypatch, capsys, call):
+    talk, calls = conversation(speaker), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    handle = speaker.model.transformer.h[1].register_forward_hook(interrupt)
+    base.process_prompt("Hello", talk)
+    handle.remove()
+    [said] = re.findall(r">> Reply: (.*)\n", capsys.readouterr().out, re.DOTALL)
+    assert fresh_answer(speaker, "Hello").startswith(said)
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}] if said else []
+    assert talk.messages == history
+    expected = fresh_answer(speaker, [*history, {"role": "user", "content": "Go on"}])
+    assert "".join(talk.answer("Go on")) == expected
+
+
+def test_clear_forgets_the_conversation(chat, speaker):
+    out, _ = chat("Hello\n/clear\nHello\n")
+    assert replies(out.replace("The conversation starts anew.\n", "")) == [fresh_answer(speaker, "Hello")] * 2
+
+
+def test_system_sets_the_system_prompt_from_then_on(chat, speaker):
+    out, _ = chat("/system Answer in rhymes.\nHello\n/system\n/clear\nHello\n")
+    system = [{"role": "system", "content": "Answer in rhymes."}, {"role": "user", "content": "Hello"}]
+    answers = re.findall(r">> Reply: (.*?)\n>> Prompt", out, re.DOTALL)
+    assert answers == [fresh_answer(speaker, system), fresh_answer(speaker, "Hello")]
+
+
+def test_save_writes_messages_that_finetuning_can_read(chat, speaker, tmp_path):
+    file = tmp_path / "chat.json"
+    out, _ = chat(f"/system Be brief.\nHello\n/save {file}\n/save\n/save {tmp_path}/no/such/folder.json\n")
+    [record] = json.loads(file.read_text(encoding="utf-8"))
+    assert [message["role"] for message in record["messages"]] == ["system", "user", "assistant"]
+    assert "Saved 2 messages" in out
+    assert "could not be written: No such file" in out
+
+
+def test_help_lists_commands_and_an_unknown_command_names_the_nearest(chat):
+    out, _ = chat("/help\n/cleer\n/etc/passwd is a file\n")
+    assert all(name in out for name in base.COMMANDS)
+    assert "There is no command /cleer. Did you mean '/clear'?" in out
+    assert len(replies(out)) == 1  # a path is no command
+
+
+def test_multiline_prompts_end_with_submit(chat, speaker):
+    out, _ = chat("First line\n\nthird line\n!submit\n/help\nleft over", "--multiline", "true")
+    expected = fresh_answer(speaker, "First line\n\nthird line")
+    assert f">> Reply: {expected}\n>> Prompt: /clear" in out
+    assert out.count(">> Reply:") == 2  # the end of input sends what was typed
+    out, _ = chat("First line\n!quit\n", "--multiline", "true")
+    assert ">> Reply" not in out
+
+
+def test_a_full_context_forgets_the_oldest_turns_with_a_note(tmp_path, capsys):
+    speaker = load(make_checkpoint(tmp_path / "short", context=96), precision="32-true")
+    talk = conversation(speaker, max_new_tokens=20)
+    for i in range(8):
+        assert "".join(talk.answer(f"This is question {i}: what is it?")) is not None
+        assert len(talk.ids) <= 96
+    assert "forgets the oldest 1 turn" in capsys.readouterr().err
+    assert talk.messages[0]["content"] != "This is question 0: what is it?"
+    messages = talk.messages[:-1]
+    assert talk.messages[-1]["content"] == fresh_answer(speaker, messages, 20)
+
+
+def test_a_prompt_longer_than_the_context_is_said_and_the_chat_goes_on(chat, speaker):
+    out, err = chat("llama " * 900 + "\nHello\n")
+    assert "context is 512 tokens" in err
+    assert replies(out)[-1] == fresh_answer(speaker, "Hello")
+
+
+def test_the_memory_grows_with_the_conversation(speaker, monkeypatch):
+    monkeypatch.setattr(base, "FIRST_LENGTH", 32)
+    talk, messages = conversation(speaker), []
+    for i in range(5):
+        messages.append({"role": "user", "content": f"Question {i}"})
+        messages.append({"role": "assistant", "content": "".join(talk.answer(f"Question {i}"))})
+        assert messages[-1]["content"] == fresh_answer(speaker, messages[:-1])
+    assert 32 < talk.cache.length <= 512
+
+
+def test_a_cut_answer_says_so(chat):
+    _, err = chat("Hello\n", "--max_new_tokens", "2")
+    assert "--max_new_tokens allows for longer ones" in err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--top_p", "7"), ("--max_new_tokens", "0"), ("--top_k", "0"), ("--quantize", "bnb.nf4")])
+def test_bad_flags_are_refused_before_the_model_is_loaded(flag, value, tmp_path, capsys):
+    assert cli(["chat", str(tmp_path / "nowhere"), flag, value]) == 2
+    assert f"`{flag[2:]}`" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_common_length_counts_equal_tokens_at_the_start():
+    assert common_length([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_length([1, 2], [1, 2, 3]) == 2
+    assert common_length([], [1]) == 0
+
+
+def test_generate_yields_tokens_without_prompt_and_stop(speaker):
+    prompt = torch.tensor([5, 6, 7])
+    tokens = list(base.generate(speaker.model, prompt, 12, temperature=0.0))
+    assert len(tokens) == 9
+    stop = [[tokens[4].item()]]
+    ended = list(base.generate(speaker.model, prompt, 12, temperature=0.0, stop_tokens=stop))
+    assert ended == tokens[: tokens.index(tokens[4])]
+
+
+def test_an_answer_needs_room(speaker):
+    with pytest.raises(UserError, match="context"):
+        list(conversation(speaker).answer("llama " * 900))

@@ -1,0 +1,134 @@
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from litgpt.data import JSON, DataModule
+from litgpt.data.json_data import load_split
+from litgpt.errors import MissingFile, UserError
+
+RECORDS = [{"instruction": f"Say {i}.", "input": "" if i % 2 else "loudly", "output": str(i)} for i in range(20)]
+
+
+def write(path, records=RECORDS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+def module(path, tokenizer, **options):
+    data = JSON(path, prompt_style="alpaca", **options)
+    data.connect(tokenizer, batch_size=2, max_seq_length=400)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_a_file_holds_records(tmp_path, suffix):
+    assert load_split(write(tmp_path / f"data{suffix}")) == RECORDS
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_a_file_may_hold_messages(tmp_path, tokenizer, suffix):
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    data = module(write(tmp_path / f"data{suffix}", [record] * 4), tokenizer)
+    assert data.train_dataset.example(0) == (record["messages"][:1], "b")
+
+
+def test_a_single_file_is_split_by_its_seed(tmp_path, tokenizer):
+    path = write(tmp_path / "data.json")
+    data = module(path, tokenizer, val_split_fraction=0.25)
+    train, val = data.train_dataset.data, data.val_dataset.data
+    assert len(val) == 5 and sorted([*train, *val], key=str) == sorted(RECORDS, key=str)
+    assert module(path, tokenizer, val_split_fraction=0.25).val_dataset.data == val
+    assert module(path, tokenizer, val_split_fraction=0.25, seed=1).val_dataset.data != val
+
+
+def test_without_a_fraction_a_twentieth_is_held_out_and_said(tmp_path, tokenizer, caplog):
+    data = module(write(tmp_path / "data.json"), tokenizer)
+    assert len(data.val_dataset) == 1
+    assert "validating on 0.05" in caplog.text
+
+
+def test_a_folder_has_its_own_validation_file(tmp_path, tokenizer):
+    write(tmp_path / "train.json", RECORDS[:3])
+    write(tmp_path / "train.jsonl", RECORDS)  # `.json` comes first
+    write(tmp_path / "val.jsonl", RECORDS[3:5])
+    data = module(tmp_path, tokenizer)
+    assert data.train_dataset.data == RECORDS[:3] and data.val_dataset.data == RECORDS[3:5]
+    with pytest.raises(UserError, match="a folder with its own `val` file"):
+        module(tmp_path, tokenizer, val_split_fraction=0.1)
+    (tmp_path / "val.jsonl").unlink()
+    with pytest.raises(MissingFile, match=r"has no val\.json, val\.jsonl or val\.parquet"):
+        module(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("name, message", [("nowhere.json", "no file or folder"), ("data.csv", "ends in '.csv'")])
+def test_a_path_that_is_no_data_is_refused_before_anything_else(tmp_path, name, message):
+    (tmp_path / "data.csv").write_text("a,b")
+    with pytest.raises(UserError, match=message):
+        JSON(tmp_path / name).prepare_data()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", "", "a.json is empty"),
+        ("a.json", "[]", "a.json is empty"),
+        ("a.jsonl", "\n \n", "a.jsonl is empty"),
+        ("a.json", '[{"instruction": "x", "output": "y"},\n {"instruction" "x"}]', "line 2, column 17"),
+        ("a.json", '{"instruction": "x", "output": "y"}', "must hold a list of records, but holds a dict"),
+        ("a.json", '{"instruction": "x"}\n{"instruction": "y"}', "name it `.jsonl`"),
+        ("a.json", '[{"instruction": "x", "output": "y"}, {"instruction": "x"}]', "a.json, record 2: The key `output` is missing"),
+        ("a.jsonl", '\n{"instruction": "x", "output": "y"}\n\n{"output": "y"}\n', "a.jsonl, line 4: The key `instruction` is missing"),
+        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{oops}\n', "not valid JSON in line 2, column 2"),
+        ("a.jsonl", '{"instruction": "x", "output": "y"}\n[1]\n', "a.jsonl, line 2: A record must be a mapping"),
+        ("a.parquet", "not parquet", "cannot be read as Parquet"),
+    ],
+)
+def test_a_bad_file_is_one_sentence_with_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_split(tmp_path / name)
+    assert message in str(caught.value)
+
+
+def test_bytes_that_are_not_utf_8_are_placed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"instruction": "\xff"}')
+    with pytest.raises(UserError, match="byte 17"):
+        load_split(tmp_path / "a.jsonl")
+
+
+def test_a_row_of_parquet_is_named(tmp_path):
+    write(tmp_path / "a.parquet", [{"instruction": "x", "output": "y"}, {"instruction": "x", "output": None}])
+    with pytest.raises(UserError, match="row 2: `output` must be text, but is None"):
+        load_split(tmp_path / "a.parquet")
+
+
+def test_byte_order_marks_and_line_separators_inside_texts_are_read(tmp_path):
+    record = {"instruction": "one\u2028two", "output": "é"}
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(record, ensure_ascii=False).encode() + b"\r\n")
+    assert load_split(tmp_path / "a.jsonl") == [record]
+
+
+def test_one_record_is_too_few_for_a_single_file(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="data.json: There is only 1 sample"):
+        module(write(tmp_path / "data.json", RECORDS[:1]), tokenizer)
+
+
+def test_it_is_made_from_flags(tmp_path):
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=DataModule | None)
+    arguments = ["--data=JSON", f"--data.json_path={tmp_path}", "--data.val_split_fraction=0.1", "--data.prompt_style=alpaca"]
+    data = parser.instantiate_classes(parser.parse_args(arguments)).data
+    assert isinstance(data, JSON) and (data.json_path, data.val_split_fraction, data.prompt_style) == (tmp_path, 0.1, "alpaca")
+    assert data.mask_prompt is True

@@ -1,0 +1,146 @@
+from functools import partial
+
+import pytest
+import torch
+from speaking import make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from litgpt.cli import main as cli
+from litgpt.errors import UserError
+from litgpt.generate import base
+from litgpt.generate.run import load
+
+PROMPT = "What food do llamas eat?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("generate") / "model")
+
+
+@pytest.fixture(scope="module")
+def speaker(folder):
+    return load(folder, precision="32-true")
+
+
+def run(folder, *flags):
+    assert cli(["generate", str(folder), "--precision", "32-true", *flags]) == 0
+
+
+def test_the_command_prints_prompt_and_greedy_answer_of_transformers(folder, capsys):
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=False)
+    expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    run(folder, "--prompt", "Hello", "--temperature", "0", "--max_new_tokens", "30")
+    out, err = capsys.readouterr()
+    assert out == tokenizer.decode(expected[0], skip_special_tokens=True, clean_up_tokenization_spaces=False) + "\n"
+    assert "tokens/sec" in err
+
+
+def test_samples_differ_and_are_the_same_in_the_next_run(folder, capsys):
+    flags = ["--num_samples", "3", "--max_new_tokens", "12", "--temperature", "1.5"]
+    run(folder, *flags)
+    first, err = capsys.readouterr()
+    assert [f"inference {i}:" in err for i in (1, 2, 3, 4)] == [True, True, True, False]
+    run(folder, *flags)
+    assert capsys.readouterr().out == first
+    answers = first.split(PROMPT)[1:]
+    assert len(answers) == len(set(answers)) == 3
+    run(folder, *flags, "--seed", "7")
+    assert capsys.readouterr().out != first
+
+
+def test_the_system_prompt_is_part_of_the_prompt(folder, capsys):
+    run(folder, "--sys_prompt", "Speak like a pirate.", "--max_new_tokens", "1")
+    assert "Speak like a pirate." in capsys.readouterr().out
+
+
+def test_an_answer_that_the_context_cuts_is_announced(folder, capsys):
+    run(folder, "--max_new_tokens", "5000", "--temperature", "2.0", "--top_k", "null")
+    assert "256 tokens is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--top_p", "7"], "`top_p` is a probability, but got 7"),
+        (["--temperature", "-1"], "`temperature` must be 0 or more"),
+        (["--top_k", "0"], "`top_k` counts the tokens"),
+        (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1"),
+        (["--num_samples", "0"], "`num_samples` must be at least 1"),
+        (["--prompt", "llama " * 400], "context is 256 tokens"),
+        (["--quantize", "bnb.nf4"], "`quantize` 'bnb.nf4' is not supported yet"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, flags, said):
+    assert cli(["generate", str(folder), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_compiled_blocks_give_the_same_tokens_under_the_same_names(folder, speaker, monkeypatch):
+    eager = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: setattr(block, "_compiled_call_impl", eager(block._call_impl)))
+    compiled = load(folder, precision="32-true", compile=True)
+    assert compiled.model.state_dict().keys() == speaker.model.state_dict().keys()
+    prompt = torch.tensor(speaker.encode("Hello"))
+    assert torch.equal(*(base.generate(each.model, prompt, len(prompt) + 20, temperature=0.0) for each in (compiled, speaker)))
+
+
+# LitGPT's functions
+
+
+def test_generate_returns_prompt_and_answer_and_the_end_token(speaker):
+    prompt = torch.tensor([5, 6, 7])
+    whole = base.generate(speaker.model, prompt, 15, temperature=0.0)
+    assert whole.shape == (15,)
+    assert torch.equal(whole[:3], prompt)
+    assert torch.equal(base.generate(speaker.model, prompt, 15, temperature=0.0, include_prompt=False), whole[3:])
+    eos = whole[8].item()
+    ended = base.generate(speaker.model, prompt, 15, temperature=0.0, eos_id=eos)
+    assert torch.equal(ended, whole[: 3 + whole[3:].tolist().index(eos) + 1])
+    with pytest.raises(UserError, match="max_returned_tokens"):
+        base.generate(speaker.model, prompt, 3)
+
+
+def test_generate_fn_yields_tokens_without_the_stop_sequence_unless_it_is_wanted(speaker):
+    prompt = torch.tensor([5, 6, 7])
+    new = base.generate(speaker.model, prompt, 15, temperature=0.0, include_prompt=False)
+    stop = [new[4:6].tolist()]
+    kwargs = dict(temperature=0.0, stop_tokens=stop, include_prompt=False)
+    without = torch.cat(list(base.generate_fn(speaker.model, prompt, 15, **kwargs, include_eos=False)))
+    assert torch.equal(without, new[: len(without)])
+    included = list(base.generate_fn(speaker.model, prompt, 15, **kwargs, include_eos=True))
+    assert torch.equal(torch.cat(included), new[: len(without) + 2])
+    assert all(token.shape == (1,) for token in included)
+
+
+def test_a_batch_yields_the_tokens_of_each_row_alone(speaker):
+    prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    alone = [base.generate(speaker.model, prompt, 12, temperature=0.0) for prompt in prompts]
+    kwargs = dict(sample_args=dict(temperature=0.0), include_prompt=True, include_eos=False)
+    steps = list(base.batched_generate_fn(speaker.model, prompts, 12, **kwargs))
+    assert [torch.equal(torch.cat(row), expected) for row, expected in zip(zip(*steps, strict=True), alone, strict=True)] == [True, True]
+    stop = [[alone[0][7].item()]]
+    ended = list(base.batched_generate_fn(speaker.model, prompts, 12, **kwargs, stop_tokens=stop))
+    assert ended[-1][0] is None or ended[-1][1] is None
+
+
+def test_sample_looks_at_the_last_position_of_the_first_sequence():
+    logits = torch.randn(2, 3, 11)
+    assert base.sample(logits, temperature=0.0).tolist() == [logits[0, -1].argmax().item()]
+    assert base.sample(logits, top_k=1).shape == (1,)
+
+
+def test_sample_top_p_leaves_the_likeliest_tokens():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert base.sample_top_p(logits, 0.7).isinf().tolist() == [[False, False, True, True]]
+    assert base.sample_top_p(logits[0], 1.0).isinf().tolist() == [False] * 4
+
+
+def test_one_draw_of_a_multinomial_is_one_index_per_row():
+    probs = torch.eye(5)[[3, 1]]
+    assert base.multinomial_num_samples_1(probs).tolist() == [[3], [1]]

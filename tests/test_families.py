@@ -1,0 +1,280 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from tiny import tiny_config
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from litgpt import config as config_module
+from litgpt.config import Config, configs, known_names, prompt_of
+from litgpt.errors import UserError
+from litgpt.families import FAMILIES
+from litgpt.families.family import expand
+from litgpt.families.tables import GATED_MLPS, GELUS
+from litgpt.prompts import prompt_styles
+from litgpt.rope import inverse_frequencies
+
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+IDENTITY = ("name", "hf_config", "vocab_size", "padding_multiple", "bias")  # fields that config.json does not hold
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+
+
+def loaded(mapping, folder):
+    """What transformers makes of a config.json."""
+    (folder / "config.json").write_text(json.dumps(mapping))
+    return AutoConfig.from_pretrained(folder).to_dict()
+
+
+def model_fields(config):
+    return {name: value for name, value in config.to_dict().items() if name not in IDENTITY}
+
+
+# Fields
+
+
+@EVERY_FAMILY
+def test_what_is_left_out_means_what_it_means_in_transformers(family):
+    full = AutoConfig.for_model(family.model_type).to_dict()
+    assert Config.from_hf({"model_type": family.model_type}) == Config.from_hf(full)
+
+
+@EVERY_FAMILY
+def test_transformers_reads_what_we_write(family, tmp_path):
+    config = tiny_config(family)
+    assert model_fields(Config.from_hf(loaded(config.to_hf(), tmp_path))) == model_fields(config)
+
+
+OLD = {  # as transformers 4 spells them
+    "llama": dict(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=3,
+        intermediate_size=80,
+        vocab_size=120,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=dict(factor=8.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192, rope_type="llama3"),
+        hidden_act="silu",
+        attention_bias=True,
+        tie_word_embeddings=True,
+        torch_dtype="bfloat16",
+        bos_token_id=3,
+        eos_token_id=[4, 5],
+        pretraining_tp=1,
+        use_cache=True,
+    ),
+    "mistral": dict(
+        architectures=["MistralForCausalLM"],
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=None,
+        head_dim=24,
+        rope_theta=1e6,
+        torch_dtype="bfloat16",
+        vocab_size=99,
+    ),
+    "gpt_neox": dict(
+        architectures=["GPTNeoXForCausalLM"],
+        hidden_size=64,
+        num_attention_heads=4,
+        rotary_pct=0.5,
+        rotary_emb_base=20000,
+        hidden_act="gelu_new",
+        use_parallel_residual=False,
+        torch_dtype="float16",
+        rope_scaling=dict(type="linear", factor=2.0),
+    ),
+}
+
+
+@EVERY_FAMILY
+def test_both_spellings_mean_the_same(family, tmp_path):
+    old = OLD[family.model_type] | dict(model_type=family.model_type)
+    new = loaded(old, tmp_path)
+    assert "rope_parameters" in new and "rope_theta" not in new
+    assert model_fields(Config.from_hf(old)) == model_fields(Config.from_hf(new))
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("generation", [4, 5])
+def test_an_export_says_what_its_source_said(family, generation, tmp_path):
+    source = OLD[family.model_type] | dict(model_type=family.model_type, some_note="kept", auto_map={"AutoConfig": "code.py"})
+    if generation == 5:
+        source = json.loads(AutoConfig.for_model(**source).to_json_string(use_diff=True)) | dict(some_note="kept")
+    before = loaded({key: value for key, value in source.items() if key != "auto_map"}, tmp_path)
+    exported = Config.from_hf(source).to_hf(source)
+    after = loaded(exported, tmp_path)
+    assert {k: v for k, v in after.items() if k != "transformers_version"} == {
+        k: v for k, v in before.items() if k != "transformers_version"
+    }
+    assert exported["some_note"] == "kept" and "auto_map" not in exported
+    assert exported.get("torch_dtype") == source.get("torch_dtype")
+
+
+@EVERY_FAMILY
+def test_an_export_has_the_spellings_of_both_generations(family):
+    written = tiny_config(family, rope_base=777, rope_adjustments=dict(factor=2.0)).to_hf()
+    old_base = "rotary_emb_base" if family.model_type == "gpt_neox" else "rope_theta"
+    assert written[old_base] == written["rope_parameters"]["rope_theta"] == 777
+    assert written["rope_scaling"] == dict(rope_type="linear", factor=2.0)
+    assert written["rope_scaling"].items() <= written["rope_parameters"].items()
+
+
+@EVERY_FAMILY
+def test_a_changed_field_is_exported_in_place_of_the_sources(family, tmp_path):
+    source = OLD[family.model_type] | dict(model_type=family.model_type)
+    config = replace(Config.from_hf(source), padded_vocab_size=640, rope_base=123, rope_adjustments=None)
+    exported = Config.from_hf(loaded(config.to_hf(source), tmp_path))
+    assert (exported.padded_vocab_size, exported.rope_base, exported.rope_adjustments) == (640, 123, None)
+
+
+def test_of_another_models_config_only_the_token_ids_are_kept():
+    written = tiny_config("llama").to_hf(OLD["gpt_neox"] | dict(model_type="gpt_neox", eos_token_id=7))
+    assert written == tiny_config("llama").to_hf() | dict(eos_token_id=7)
+
+
+SCALINGS = {
+    "linear": dict(factor=2.0),
+    "dynamic": dict(factor=2.0),
+    "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=64),
+    "yarn with all": dict(
+        factor=4.0, original_max_position_embeddings=64, beta_fast=16, beta_slow=2, mscale=0.7, mscale_all_dim=0.5, truncate=False
+    ),
+    "yarn with a factor of its own": dict(factor=4.0, attention_factor=1.3),
+}
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("name", SCALINGS)
+def test_every_scaling_is_kept_and_turns_as_in_transformers(family, name, tmp_path):
+    kind = name.split()[0]
+    source = tiny_config(family, block_size=256, n_embd=64).to_hf() | dict(rope_scaling=dict(rope_type=kind, **SCALINGS[name]))
+    source.pop("rope_parameters")
+    config = Config.from_hf(source)
+    described = loaded(config.to_hf(), tmp_path)
+    assert SCALINGS[name].items() <= described["rope_parameters"].items()
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", **dict(seq_len=400) if kind == "dynamic" else {})
+    ours, our_factor = inverse_frequencies(config, 400)
+    torch.testing.assert_close(ours, frequencies, rtol=1e-6, atol=0)
+    assert our_factor == pytest.approx(factor)
+
+
+def test_other_scalings_are_refused():
+    base = tiny_config("llama").to_hf()
+    for wrong, sentence in (
+        (dict(rope_type="longrope", factor=2.0), "`rope_type` is 'longrope'.*Supported are: default, linear"),
+        (dict(rope_type="llama3", factor=2.0), "needs 'low_freq_factor'"),
+        (dict(full_attention=dict(rope_type="default")), "one set of values for all layers"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            Config.from_hf(base | dict(rope_scaling=wrong))
+
+
+def test_activations_are_what_transformers_calls_so():
+    x = torch.linspace(-4, 4, 101)
+    for name, approximate in GELUS.items():
+        torch.testing.assert_close(ACT2FN[name](x), torch.nn.functional.gelu(x, approximate=approximate), rtol=0, atol=1e-6)
+    for name in GATED_MLPS:
+        torch.testing.assert_close(ACT2FN[name](x), torch.nn.functional.silu(x))
+
+
+@EVERY_FAMILY
+def test_an_activation_that_we_do_not_have_is_refused(family):
+    with pytest.raises(UserError, match="`hidden_act` is 'relu2'"):
+        Config.from_hf({"model_type": family.model_type, "hidden_act": "relu2"})
+
+
+def test_the_text_part_of_a_multimodal_model_is_read_and_written_back(monkeypatch):
+    family = replace(FAMILIES["llama"], wrappers=("looking_llama",))
+    monkeypatch.setitem(config_module.FAMILIES, "llama", family)
+    text = tiny_config("llama").to_hf()
+    source = {"model_type": "looking_llama", "architectures": ["LookingLlama"], "vision_config": {"size": 3}, "text_config": text}
+    config = Config.from_hf(source)
+    assert model_fields(config) == model_fields(tiny_config("llama"))
+    assert config.to_hf(source) == source
+    assert config.to_hf()["model_type"] == "llama"
+
+
+# What was published
+
+
+def test_names_and_hub_ids_are_unique():
+    assert len({config["name"] for config in configs}) == len({*known_names()}) == len(configs)
+
+
+@pytest.mark.parametrize("published", configs, ids=lambda config: config["name"])
+def test_every_published_checkpoint_is_written_by_its_family_and_comes_back(published, tmp_path):
+    config = Config.from_name(published["name"])
+    assert config.family == published["family"]
+    described = loaded(config.to_hf(), tmp_path)
+    assert described["vocab_size"] == config.padded_vocab_size >= config.vocab_size
+    assert model_fields(Config.from_hf(described)) == model_fields(config)
+
+
+@EVERY_FAMILY
+def test_every_pattern_of_a_brand_names_something_published(family):
+    for brand in family.brands:
+        names = [name for pattern in brand.sizes for name in expand(pattern)]
+        assert len(names) == len(set(names))
+        styles = brand.prompt if isinstance(brand.prompt, dict) else {}
+        for pattern in [*styles, *brand.published_as]:
+            assert set(expand(pattern)) <= set(names)
+
+
+@EVERY_FAMILY
+def test_every_prompt_style_is_registered(family):
+    assert {row.prompt for row in family.published()} - {None} <= prompt_styles.keys()
+
+
+def test_prompts_belong_to_exact_names():
+    assert prompt_of("TinyLlama/TinyLlama-1.1B-Chat-v1.0") == prompt_of("tiny-llama-1.1b-chat") == "tinyllama"
+    assert prompt_of("meta-llama/Llama-2-13b-chat-hf") == "llama2"
+    assert prompt_of("Llama-3.2-1B-Instruct") == prompt_of("nvidia/Llama-3.1-Nemotron-70B-Instruct-HF") == "llama3"
+    assert prompt_of("HuggingFaceTB/SmolLM2-135M-Instruct") == "smollm2"
+    assert prompt_of("mistralai/Mistral-7B-Instruct-v0.3") == "codellama"
+    for base in ("SmolLM2-135M", "pythia-14m", "CodeLlama-7b-hf", "Llama-3.2-1B", "mine/Llama-3.2-1B-Instruct", "unheard-of"):
+        assert prompt_of(base) is None
+
+
+def test_heads_are_tied_where_the_publisher_ties_them():
+    tied = {config["name"] for config in configs if config.get("tie_embeddings")}
+    assert tied == {*expand("Llama-3.2-{1B,3B}{,-Instruct}"), *expand("SmolLM2-{135M,360M,1.7B}{,-Instruct}")}
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    {
+        "Platypus2-70B": dict(n_query_groups=8),
+        "CodeLlama-13b-Instruct-hf": dict(block_size=16384),
+        "CodeLlama-70b-Python-hf": dict(block_size=4096, rope_base=10000),
+        "CodeLlama-70b-hf": dict(block_size=16384, rope_base=1_000_000),
+        "Mistral-7B-v0.1": dict(block_size=32768, sliding_window_size=4096),
+        "Mistral-7B-v0.2": dict(block_size=32768, sliding_window_size=None),
+        "LLaMA-2-7B-32K": dict(block_size=32768, rope_adjustments=dict(factor=8.0)),
+        "pythia-14m": dict(block_size=2048),
+        "pythia-31m": dict(block_size=2048),
+    }.items(),
+)
+def test_values_that_litgpt_has_wrong_are_right(name, fields):
+    config = Config.from_name(name)
+    assert {key: getattr(config, key) for key in fields} == fields
+
+
+def test_patterns_stand_for_all_their_names():
+    assert expand("a") == ["a"]
+    assert expand("a{,-b}") == ["a", "a-b"]
+    assert expand("{x,y}-{1,2}") == ["x-1", "x-2", "y-1", "y-2"]

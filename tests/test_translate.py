@@ -1,0 +1,191 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+
+from litgpt.config import Config
+from litgpt.errors import UserError
+from litgpt.families import FAMILIES
+from litgpt.model import GPT
+from litgpt.translate import dequantized, translate
+from litgpt.weights import ignored, interleaved_qkv, parted, prefixed, same
+
+VARIANTS = {
+    **{model_type: (model_type, {}) for model_type in FAMILIES},
+    **{f"{model_type} tied": (model_type, dict(tie_embeddings=True)) for model_type in FAMILIES},
+    "llama with biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama with one group": ("llama", dict(num_key_value_heads=1)),
+    "llama with as many groups as heads": ("llama", dict(num_key_value_heads=4)),
+    "llama with wide heads": ("llama", dict(head_dim=12)),
+    "mistral with wide heads": ("mistral", dict(head_dim=12, sliding_window=None)),
+    "gpt_neox one after the other": ("gpt_neox", dict(use_parallel_residual=False)),
+    "gpt_neox without attention biases": ("gpt_neox", dict(attention_bias=False)),
+}
+EVERY_VARIANT = pytest.mark.parametrize("model_type, changes", VARIANTS.values(), ids=VARIANTS)
+
+
+def random_model(model_type, changes):
+    """A transformers model with weights of its own in every parameter, and our config for it."""
+    tie = dict(tie_word_embeddings=changes["tie_embeddings"]) if "tie_embeddings" in changes else changes
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config(model_type).to_hf() | tie))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    return theirs, Config.from_hf(theirs.config.to_dict())
+
+
+def stored(model, tmp_path):
+    """The weights as transformers stores them."""
+    from safetensors.torch import load_file
+
+    model.save_pretrained(tmp_path)
+    return load_file(tmp_path / "model.safetensors")
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@EVERY_VARIANT
+def test_stored_weights_come_back_unchanged_and_fit_our_model(model_type, changes, tmp_path):
+    model, config = random_model(model_type, changes)
+    theirs = stored(model, tmp_path)
+    ours = dict(translate(theirs.items(), config.rules, config, to_ours=True))
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in GPT(config).state_dict().items()}
+    if config.tie_embeddings:
+        del expected["lm_head.weight"]
+    assert {name: tensor.shape for name, tensor in ours.items()} == expected
+    assert_same(dict(translate(ours.items(), config.rules, config, to_ours=False)), theirs)
+
+
+@EVERY_VARIANT
+def test_our_random_weights_come_back_unchanged_whatever_their_order(model_type, changes):
+    _, config = random_model(model_type, changes)
+    ours = GPT(config).state_dict()
+    theirs = dict(translate(ours.items(), config.rules, config, to_ours=False))
+    back = dict(translate(reversed(theirs.items()), config.rules, config, to_ours=True))
+    if config.tie_embeddings:
+        del ours["lm_head.weight"]
+    assert_same(back, ours)
+
+
+@EVERY_VARIANT
+def test_names_in_memory_are_understood_too(model_type, changes):
+    model, config = random_model(model_type, changes)
+    ours = dict(translate(model.state_dict().items(), config.rules, config, to_ours=True))
+    assert torch.equal(ours["transformer.wte.weight"], model.get_input_embeddings().weight)
+    assert config.tie_embeddings or torch.equal(ours["lm_head.weight"], model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (6, 1)])
+def test_interleaved_rows_come_apart_as_in_transformers_falcon(heads, groups):
+    falcon = (
+        FalconForCausalLM(
+            FalconConfig(
+                vocab_size=8,
+                hidden_size=8 * heads,
+                num_attention_heads=heads,
+                num_kv_heads=groups,
+                num_hidden_layers=1,
+                new_decoder_architecture=True,
+                bias=True,
+            )
+        )
+        .transformer.h[0]
+        .self_attention
+    )
+    config = Config(n_layer=1, n_embd=8 * heads, n_head=heads, n_query_groups=groups)
+    rules = [interleaved_qkv("there.{}.*", "here.{}.*")]
+    for leaf in ("weight", "bias"):
+        fused = torch.randn_like(getattr(falcon.query_key_value, leaf))
+        ((name, ours),) = translate([(f"there.3.{leaf}", fused)], rules, config, to_ours=True)
+        assert name == f"here.3.{leaf}"
+        rows = fused.view(1, 1, len(fused), -1).transpose(-1, -2)  # (1, in, 1, rows): each row as a token's feature
+        q, k, v = falcon._split_heads(rows[0].transpose(0, 1).contiguous())
+        expected = [q[0].permute(1, 2, 0), k[0].permute(1, 2, 0)[:: heads // groups], v[0].permute(1, 2, 0)[:: heads // groups]]
+        assert torch.equal(ours, torch.cat([block.reshape(-1, block.size(-1)) for block in expected]).view_as(ours))
+        assert_same(dict(translate([(name, ours)], rules, config, to_ours=False)), {f"there.3.{leaf}": fused})
+
+
+def test_tensors_come_as_soon_as_their_parts_are_there():
+    config = tiny_config("llama")
+    seen = []
+
+    def stream():
+        for name, tensor in translate(GPT(config).state_dict().items(), config.rules, config, to_ours=False):
+            seen.append(name)
+            yield name, tensor
+
+    for name, _ in translate(stream(), config.rules, config, to_ours=True):
+        last = seen[-1]
+        assert ("qkv" in name) == ("v_proj" in last), (name, last)
+
+
+def test_parted_rows_are_halves():
+    rules = [parted("gate_up.*", ["gate.*", "up.*"])]
+    both = torch.randn(6, 2)
+    ours = dict(translate([("gate_up.weight", both)], rules, tiny_config("llama"), to_ours=True))
+    assert_same(ours, {"gate.weight": both[:3], "up.weight": both[3:]})
+    assert_same(dict(translate(ours.items(), rules, tiny_config("llama"), to_ours=False)), {"gate_up.weight": both})
+
+
+def test_other_prefixes_are_read_and_the_usual_one_is_written():
+    rules = [same("model.norm.*", "ln.*"), prefixed("model.language_model.", "model."), prefixed("language_model.model.", "model.")]
+    config, tensor = tiny_config("llama"), torch.ones(1)
+    for prefix in ("model.", "model.language_model.", "language_model.model."):
+        assert_same(dict(translate([(prefix + "norm.weight", tensor)], rules, config, to_ours=True)), {"ln.weight": tensor})
+    assert_same(dict(translate([("ln.weight", tensor)], rules, config, to_ours=False)), {"model.norm.weight": tensor})
+
+
+def test_ignored_weights_are_dropped():
+    rules = [ignored("layers.{}.attention.bias"), same("layers.{}.attention.*", "here.{}.*")]
+    stream = [("layers.12.attention.bias", torch.ones(1)), ("layers.12.attention.weight", torch.ones(2))]
+    assert list(dict(translate(stream, rules, tiny_config("llama"), to_ours=True))) == ["here.12.weight"]
+
+
+def test_a_tied_head_is_neither_read_nor_written():
+    config = tiny_config("llama", tie_embeddings=True)
+    head = [("lm_head.weight", torch.ones(96, 32))]
+    assert list(translate(head, config.rules, config, to_ours=True)) == []
+    assert list(translate(head, config.rules, config, to_ours=False)) == []
+
+
+def test_a_config_that_no_family_expresses_keeps_our_names():
+    config = tiny_config("llama", norm_class_name="LayerNorm", tie_embeddings=True)
+    assert config.family is None
+    ours = GPT(config).state_dict()
+    theirs = dict(translate(ours.items(), config.rules, config, to_ours=False))
+    assert_same(theirs, {name: tensor for name, tensor in ours.items() if name != "lm_head.weight"})
+
+
+def test_an_unknown_weight_is_named():
+    config = tiny_config("llama")
+    with pytest.raises(UserError, match=r"No rule renames the weight 'model.layers.0.strange.weight'.*ignored\("):
+        list(translate([("model.layers.0.strange.weight", torch.ones(1))], config.rules, config, to_ours=True))
+
+
+def test_a_missing_part_is_named():
+    config = tiny_config("llama")
+    theirs = dict(translate(GPT(config).state_dict().items(), config.rules, config, to_ours=False))
+    del theirs["model.layers.1.self_attn.k_proj.weight"]
+    with pytest.raises(UserError, match=r"'model.layers.1.self_attn.k_proj.weight' is missing"):
+        list(translate(theirs.items(), config.rules, config, to_ours=True))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_rows_that_do_not_fit_the_config_are_refused(model_type):
+    config = tiny_config(model_type)
+    theirs = dict(translate(GPT(config).state_dict().items(), config.rules, config, to_ours=False))
+    with pytest.raises(UserError, match="but the config makes it"):
+        list(translate(theirs.items(), config.rules, replace(config, head_size=16), to_ours=True))
+
+
+def test_quantized_weights_are_refused_and_others_pass():
+    weights = [("a", torch.ones(1))]
+    assert list(dequantized(weights, None)) == weights
+    with pytest.raises(UserError, match="'gptq'"):
+        list(dequantized(weights, {"quant_method": "gptq", "bits": 4}))
