@@ -17,12 +17,12 @@ from litgpt.cache import Cache
 from litgpt.checkpoint import copy_side_files, load_model, write_checkpoint
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
-from litgpt.generate.decode import CHUNK, RowState, complete, stream_text
+from litgpt.generate.decode import RowState, complete, new_cache, stream_text
 from litgpt.generate.run import check_quantize, stop_tokens
 from litgpt.hardware import compute_dtype, find_device, parse_devices, peak_memory_gb, products_dtype
 from litgpt.loss import IGNORED
 from litgpt.model import GPT
-from litgpt.prompts import PromptStyle, as_messages, encode_prompt, find_prompt_style, save_prompt_style
+from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, save_prompt_style
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 
@@ -213,7 +213,7 @@ class LLM(nn.Module):
             UserError: An argument is out of its range, the prompt is longer than the context, or the model is not loaded yet.
         """
         row = RowState(temperature, top_k, top_p, seed=seed)
-        ids = encode_prompt(self.prompt_style, self.tokenizer, as_messages(prompt), sys_prompt=sys_prompt)
+        ids = encode_prompt(self.prompt_style, self.tokenizer, prompt, sys_prompt=sys_prompt)
         steps = self._steps(ids, row, max_new_tokens, include_stop=return_as_token_ids and not stream)
         if return_as_token_ids:
             pieces = (torch.tensor([token], device=self.preprocessor.device) for new in steps for token in new)
@@ -228,8 +228,7 @@ class LLM(nn.Module):
         if self.fixed_kv_cache_size is None:
             return complete(self.model, ids, row, max_new_tokens, stop_tokens(self.prompt_style, self.tokenizer), include_stop)
         size, cache, self._cache = self.fixed_kv_cache_size, self._cache, None
-        if cache is None:
-            cache = self.model.new_cache(1, size, chunk=min(CHUNK, size))
+        cache = cache or new_cache(self.model, 1, size)
         cache.truncate(0, 0)
         stop = stop_tokens(self.prompt_style, self.tokenizer)
         steps = complete(self.model, ids, row, max_new_tokens, stop, include_stop, cache)
@@ -305,6 +304,8 @@ class LLM(nn.Module):
                     (folder / name).unlink(missing_ok=True)
                 copy_side_files(self.tokenizer_dir, folder)
             save_prompt_style(style, folder)
+            if isinstance(style, ChatTemplate):
+                (folder / names.CHAT_TEMPLATE).write_text(style.template, encoding="utf-8")
 
         source = self.checkpoint_dir or self.tokenizer_dir
         write_checkpoint(Path(out_dir), self.model.state_dict(), self.model.config, source=source, extras=add_tokenizer_and_style)

@@ -322,7 +322,10 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        sync(*(file for file in partial.rglob("*")), partial)
+        written = list(partial.rglob("*"))
+        for file in written:
+            file.chmod(file.stat().st_mode | partial.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
+        sync(*written, partial)
         shutil.rmtree(previous, ignore_errors=True)
         if path.exists():
             path.rename(previous)

@@ -124,7 +124,7 @@ def run(function: Callable[..., Any], command: str, argv: list[str], recipe: Map
         data_names()
     words = rewritten(options, argv, recipe or {})
     if words == ["--help"]:
-XX
+        print(re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", parser.format_help()), end="")
         return None
     try:
         arguments = parser.parse_args(words)

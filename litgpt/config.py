@@ -162,8 +162,7 @@ class Config:
             UserError: The architecture or quantization is not supported.
         """
         if mapping.get("model_type") == OWN_TYPE:
-            known = {f.name for f in fields(cls)}
-            return cls(**{key: value for key, value in deepcopy(dict(mapping)).items() if key in known} | overrides)
+            return cls(**{name: deepcopy(mapping[name]) for name in DEFAULTS if name in mapping} | _accepted(cls, overrides))
         family = _family_of_type(mapping)
         refuse_quantization(mapping.get("quantization_config"))
         return cls(**_accepted(cls, dict(family=family.model_type) | family.read(mapping) | overrides))
@@ -187,7 +186,7 @@ class Config:
 
     def to_own(self) -> dict[str, Any]:
         """Return a `config.json` of our own, for a config that no family can express."""
-        return {"model_type": OWN_TYPE} | {key: value for key, value in self.to_dict().items() if key != "family"}
+        return {"model_type": OWN_TYPE} | {name: value for name, value in self.to_dict().items() if name in DEFAULTS and name != "family"}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values."""
@@ -215,7 +214,7 @@ class Config:
         )
         if problem:
             raise UserError(f"LitGPT cannot express this config, whose `{problem}` is {getattr(self, problem)!r}.")
-        kept = {key: value for key, value in self.to_dict().items() if key in _BASE_FIELDS - OURS_ALONE}
+        kept = {key: value for key, value in self.to_dict().items() if key in DEFAULTS.keys() - OURS_ALONE}
         return kept | dict(bias=self.mlp_bias, attn_bias=bool(self.attn_bias and not self.mlp_bias))
 
     def save(self, path: str | Path) -> None:
@@ -226,7 +225,8 @@ class Config:
         """
         path = Path(path)
         path = path if path.suffix in (".yaml", ".yml") else path / names.LIT_CONFIG
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        values = {name: value for name, value in self.to_dict().items() if name in DEFAULTS}
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
     @property
     def rules(self) -> list[Rule]:
@@ -397,6 +397,7 @@ def _identity(path: Path) -> dict[str, Any]:
 def _family_of_type(mapping: Mapping[str, Any]) -> Family:
     """Return the family of a `config.json`."""
     model_type, architectures = mapping.get("model_type"), mapping.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     supported = f"Supported are: {', '.join(FAMILIES)}."
     if model_type is None:
         raise UserError(f"config.json has no `model_type`, so its architecture is not known. {supported}")
@@ -419,6 +420,7 @@ POSITIVE = (
     *("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "padded_vocab_size"),
     *("n_head", "head_size", "n_query_groups", "sliding_window_size", "intermediate_size"),
 )
+MOST = {"n_layer": 10_000}  # a damaged file must not make us fill the memory
 NUMBERS = ("norm_eps", "rope_base", "rotary_percentage", "rope_condense_ratio")
 FLAGS = ("parallel_residual", "bias", "attn_bias", "attn_proj_bias", "mlp_bias", "lm_head_bias", "tie_embeddings")
 CHOICES = {"norm_class_name": NORMS, "mlp_class_name": MLPS, "gelu_approximate": ("none", "tanh")}
@@ -487,7 +489,8 @@ def _check_types(config: Any) -> None:
             right = right and (value > 0 or name in ("norm_eps", "rotary_percentage"))
             rule = "a positive number"
             if name in POSITIVE:
-                right, rule = right and isinstance(value, int), "a positive whole number"
+                most = MOST.get(name, 2**31)
+                right, rule = right and isinstance(value, int) and value <= most, f"a positive whole number of at most {most}"
         if not right:
             raise UserError(f"`{name}` is {rule}, but got {value!r}.")
     if config.rotary_percentage > 1:
@@ -513,7 +516,6 @@ def _number(value: Any) -> Any:
 
 NOT_COMPARED = {"name", "hf_config", "family", "vocab_size", "padding_multiple", "bias"}  # none of these changes the model
 DEFAULTS = {f.name: f.default for f in fields(Config)} | dict(hf_config={})
-_BASE_FIELDS = DEFAULTS.keys()
 OWN_RULES = [
     same(name, name) if rule.kind != "tied" else Rule("tied", (name,), (name,))
     for name, rule in {name: rule for family in FAMILIES.values() for rule in family.weights for name in rule.ours}.items()
@@ -542,7 +544,7 @@ def _inexpressible(config: Config, family: Family) -> list[str]:
 
 def _folded(config: Config) -> dict[str, Any]:
     """Return the fields of a config with its RoPE scaling spelled in the one way that families write."""
-    values = {name: getattr(config, name) for name in _BASE_FIELDS}
+    values = {name: getattr(config, name) for name in DEFAULTS}
     rope, ratio = _canonical_rope(config.rope_adjustments), config.rope_condense_ratio
     if ratio != 1 and (rope is None or rope.keys() == {"factor"}):
         rope, ratio = dict(factor=float(ratio) * (rope["factor"] if rope else 1)), 1
@@ -553,9 +555,11 @@ def _canonical_rope(adjustments: dict[str, Any] | None) -> dict[str, Any] | None
     if not adjustments:
         return None
     known = LITGPTS_ROPE_KEYS | {"rope_type", "dynamic", "attention_factor", "truncate"}
-    for key in adjustments:
+    for key, value in adjustments.items():
         if key not in known:
             raise UserError(f"`rope_adjustments` has no key {key!r}.{did_you_mean(str(key), known)}")
+        if key != "rope_type" and not isinstance(value, int | float | None):
+            raise UserError(f"`{key}` in `rope_adjustments` is a number, but got {value!r}.")
     try:
         return parse_rope(format_rope(adjustments))
     except UserError:

@@ -5,25 +5,34 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub import HfApi, get_token, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
-from tqdm import tqdm
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from litgpt import names
 from litgpt.errors import MissingFile, UserError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
+OTHER_WEIGHTS = (
+    "consolidated",
+    "training_args",
+    "adapter_",
+    "optimizer",
+    "scheduler",
+    "rng_state",
+)  # not the model in Hugging Face's layout
+COMMIT = "commit"  # in a folder that is being downloaded: names the version that its files are of
+PAUSES = (1, 2, 5, 10, 20)  # seconds between attempts that bring nothing new
 SECONDS_BETWEEN_LINES = 10
 RUN_AGAIN = "Run the same command again: it goes on where it stopped."
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class NotOnHub(MissingFile):
@@ -40,17 +49,67 @@ class Repository:
     token: str | None
 
     def fetch(self, file: str, folder: Path) -> Path:
-        """Download one file, going on where an earlier attempt stopped, and return where it lies.
+        """Download one file and return where it lies. What an earlier attempt has downloaded of it is not downloaded again.
+
+        The hub's own package starts anew after an interruption (huggingface_hub issue 4196), so the bytes are fetched here.
+
+        Args:
+            file: One of `sizes`.
+            folder: Holds nothing but files of this repository; those of another commit are removed.
 
         Raises:
-            UserError: The file is behind a gate, the connection broke, or the disk is full.
+            UserError: The file is behind a gate, the connection broke for good, or the disk is full.
         """
-        flat = None if sys.stderr.isatty() else FlatProgress
         with clear_errors(self.id, self.token, f"The download of {file} from {self.id}"):
-            found = hf_hub_download(
-                self.id, file, revision=self.revision, local_dir=folder, token=self.token, endpoint=endpoint(), tqdm_class=flat
-            )
-        return Path(found)
+            if folder.is_dir() and not _is_of(folder, self.revision):
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / COMMIT).write_text(self.revision)
+            target, partial = folder / file, folder / (file + names.PARTIAL)
+            if target.exists():
+                return target
+            try:
+                with progress(file, self.sizes[file], _size(partial)) as advance:
+                    self._complete(file, partial, advance)
+                partial.rename(target)
+            finally:
+                if [left.name for left in folder.iterdir()] == [COMMIT]:  # nothing came
+                    shutil.rmtree(folder)
+        return target
+
+    def _complete(self, file: str, partial: Path, advance: Callable[[int], None]) -> None:
+        """Append to a part of a file until it is whole, in as many attempts as bring it further."""
+        idle = 0
+        while (before := _size(partial)) < self.sizes[file] or not partial.exists():
+            try:
+                self._append(file, partial, advance)
+            except (HTTPError, OSError) as error:
+                refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500 and error.response.status_code != 429
+                local = isinstance(error, OSError) and not isinstance(error, HTTPError | ConnectionError | TimeoutError)
+                idle = 0 if _size(partial) > before else idle + 1
+                if refused or local or idle > len(PAUSES):
+                    raise
+                time.sleep(PAUSES[max(0, idle - 1)])
+
+    def _append(self, file: str, partial: Path, advance: Callable[[int], None]) -> None:
+        start = _size(partial)
+        headers = build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        url = hf_hub_url(self.id, file, revision=self.revision, endpoint=endpoint())
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30) as response:
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            if start and response.status_code != 206:  # the server gives only whole files
+                advance(-start)
+                start = 0
+            with partial.open("r+b" if partial.exists() else "wb") as opened:
+                opened.truncate(start)
+                opened.seek(start)
+                for chunk in response.iter_raw():  # as they arrive: chunks of a fixed size would be lost half filled
+                    opened.write(chunk)
+                    advance(len(chunk))
+        if start == _size(partial) < self.sizes[file]:
+            raise ConnectionError("the hub sent nothing")
 
     def side_files(self) -> list[str]:
         """Return the names of config and tokenizer files, those first that say whether the rest is of use."""
@@ -151,16 +210,20 @@ def clear_errors(repo_id: str, token: str | None, action: str, unreachable: type
     except (HTTPError, OSError) as error:  # the second: no connection, no space, or a file that is shorter than announced
         if isinstance(error, UserError):
             raise
-        if error_number(error) in DISK_FULL:
-            raise UserError(f"{action} failed: the disk is full. Free some space; what is there already is kept.") from None
-        if isinstance(error, PermissionError):
-            raise UserError(f"{action} failed: {error.filename} may not be written. Choose another folder.") from None
+        if isinstance(error, OSError) and (message := disk_error(error)):
+            raise UserError(f"{action} failed: {message}") from None
         raise unreachable(f"{action} failed: the connection broke or was refused ({_root(error)}). {RUN_AGAIN}") from None
 
 
-def error_number(error: BaseException) -> int | None:
-    """Return the operating system's number of an error, or None."""
-    return getattr(error, "errno", None)
+def disk_error(error: OSError) -> str | None:
+    """Return a sentence for an error of the disk, or None for any other."""
+    if isinstance(error, UserError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full. Free some space, or choose a folder on another disk."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "writing is not allowed there. Choose another folder."
+    return None
 
 
 def _root(error: BaseException) -> str:
@@ -192,29 +255,40 @@ def amount(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-class FlatProgress(tqdm):
-    """Reports a download in lines that stay readable in a file: one now and then, one at the end."""
+@contextmanager
+def progress(file: str, size: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Show how a download gets on: as a bar on a terminal, elsewhere as a line now and then and one at the end.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        options.pop("name", None)  # of the hub's own group of bars
-        self.printed = time.monotonic()
-        self.done = False
-        super().__init__(*args, **options | {"file": sys.stderr, "mininterval": 1, "leave": False, "disable": False})
+    Args:
+        file: What to call it.
+        size: Its size in bytes.
+        done: How much is there already.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(file, total=size, completed=done)
+            yield lambda more: bar.advance(task, more)
+        return
+    shown = time.monotonic()
 
-    def display(self, *args: Any, **options: Any) -> None:
-        """Print a line if it is time to."""
-        finished = bool(self.total) and self.n >= self.total
-        if self.done or not (finished or time.monotonic() - self.printed > SECONDS_BETWEEN_LINES):
-            return
-        self.printed, self.done = time.monotonic(), finished
-        share = f" of {amount(self.total)} ({self.n / self.total:.0%})" if self.total else ""
-        print(f"{self.desc.rstrip(': ')}: {amount(self.n)}{share}", file=sys.stderr, flush=True)
+    def advance(more: int) -> None:
+        nonlocal done, shown
+        done += more
+        if time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            console.file.write(f"{file}: {amount(done)} of {amount(size)} ({done / max(1, size):.0%})\n")
+            console.file.flush()
 
-    def clear(self, *args: Any, **options: Any) -> None:
-        """There is no bar to wipe away."""
+    yield advance
+    console.file.write(f"{file}: {amount(size)}\n")
+    console.file.flush()
 
-    def close(self) -> None:
-        """Print the last line."""
-        if not self.disable:
-            self.display()
-        self.disable = True
+
+def _is_of(folder: Path, revision: str) -> bool:
+    return (folder / COMMIT).is_file() and (folder / COMMIT).read_text() == revision
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

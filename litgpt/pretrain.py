@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -18,14 +17,14 @@ from litgpt.checkpoint import copy_side_files, load_model, write_checkpoint, wri
 from litgpt.config import Config, known_names
 from litgpt.data import DataModule
 from litgpt.errors import UserError
-from litgpt.launch import cast_parameters, choose_logger, launch_fabric, training_precision
+from litgpt.launch import PRECISIONS, cast_parameters, choose_logger, launch_fabric, training_precision
 from litgpt.lora import seed_of
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
-from litgpt.run import Run, prepared, run_folder, step_to_resume
+from litgpt.run import Run, described, prepared, run_folder, sample_length, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
-from litgpt.training import Limits, Sample, check_limits, data_share, forward_backward, seed_generators, take_step
+from litgpt.training import Limits, Sample, check_limits, data_share, forward_backward, seed_generators
 
 TRAIN = TrainArgs(save_interval=1000, log_interval=1, global_batch_size=None, micro_batch_size=4, max_norm=1.0)
 EVAL = EvalArgs(interval=1000, max_iters=100)
@@ -87,7 +86,7 @@ def setup(
     if model_name == "list":
         print("\n".join(known_names()))
         return
-    hyperparameters = to_plain(dict(locals()))
+    given = dict(locals())
     check_options(train, eval, resume, initial_checkpoint_dir, data)
     out_dir = run_folder(out_dir)
     resumed = step_to_resume(out_dir, resume, overwrite)
@@ -101,51 +100,47 @@ def setup(
     length = len(samples[0]) - 1  # targets of one sample
     train = with_batch_size(train, len(samples), length, data_share(fabric)[1])
     limits = Limits.of(train, len(samples), length)
-    peak = optimizer.lr or peak_learning_rate(origin)
-    check_schedule(train, peak)
+    optimizer = replace(optimizer, lr=peak_learning_rate(origin) if optimizer.lr is None else optimizer.lr)
+    check_schedule(train, optimizer.lr)
+    hyperparameters = to_plain(given | {"train": train, "optimizer": optimizer})
 
     model = origin.model(seed)
-    dtype = model.transformer.wte.weight.dtype
+    dtype = written_dtype(model, origin, precision)
     cast_parameters(model, precision)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = described(model, precision)
     model = fabric.setup_module(model.train())
-    optimizer_ = fabric.setup_optimizers(make_optimizer(replace(optimizer, lr=peak), model.parameters()))
+    optimizer_ = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
 
     side_files = partial(write_side_files, origin=origin, dtype=dtype, hyperparameters=hyperparameters)
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples), "tokens of a sample": length}
-    with Run(fabric, model, optimizer_, out_dir, train, peak, limits, same, side_files) as run:
-        size = f"{len(samples):,} samples of {length:,} tokens, {train.global_batch_size:,} in a step"
-        run.progress.say(f"Pretraining {origin.config.name} ({n_parameters:,} parameters): {size}, in {precision}.")
+    with Run(fabric, model, optimizer_, out_dir, train, optimizer.lr, limits, same, side_files) as run:
+        batch = f"{train.global_batch_size:,} of {len(samples):,} samples of {length:,} tokens in a step"
+        run.progress.say(f"Pretraining {origin.config.name}: {size}, {batch}.")
         run.begin(resumed, hyperparameters)
         fit(run, samples, val_samples, eval, seed)
         weights = run.trained_weights()
         if fabric.is_global_zero:
-            extras = partial(write_extras, origin=origin, hyperparameters=hyperparameters)
-            write_checkpoint(
-                out_dir / names.FINAL, weights, origin.config, source=origin.source, dtype=dtype, extras=extras, overwrite=True
-            )
+            write_final(out_dir / names.FINAL, weights, origin, dtype, hyperparameters)
         fabric.barrier()
-        run.progress.say(f"{run.report()}\nSaved {out_dir / names.FINAL}. Talk to it with: litgpt chat {out_dir / names.FINAL}")
+        run.report(out_dir / names.FINAL)
 
 
 def fit(run: Run, samples: Sequence[Sample], val_samples: Sequence[Sample], eval: EvalArgs, seed: int) -> None:
     """Train until a limit is reached."""
     train = run.train
-    if eval.initial_validation:
+    if eval.initial_validation and run.step == 0:
         run.validate(val_samples, eval)
 
     feed = run.feed(samples, seed)
     for epoch, microbatches, agreed in feed:
         loss = forward_backward(run.fabric, run.model, microbatches, agreed.n_targets)
-        step = run.step + 1
-        grad_norm = take_step(run.fabric, run.model, run.optimizer, step, run.learning_rate(step), train.max_norm, run.non_finite)
-        run.count(agreed.n_tokens)
+        grad_norm = run.take_step(agreed.n_tokens)
 
-        if step % train.log_interval == 0:
+        if run.step % train.log_interval == 0:
             run.log(loss, grad_norm, epoch)  # the only line that waits for the device
-        if step % eval.interval == 0:
+        if run.step % eval.interval == 0:
             run.validate(val_samples, eval)
-        if train.save_interval and step % train.save_interval == 0:
+        if train.save_interval and run.step % train.save_interval == 0:
             run.save()
         if run.limits.reached(run.meter.total_tokens):
             break
@@ -228,23 +223,23 @@ def new_model(config: Config, seed: int) -> GPT:
 def read_samples(fabric: Fabric, data: DataModule, origin: Origin, train: TrainArgs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Return the samples to train on and those to validate on, each with one token more than it has targets."""
     config = origin.config
-    if (length := train.max_seq_length or config.block_size) > config.block_size:
-        raise UserError(f"`train.max_seq_length` is {length}, but the model's context is {config.block_size} tokens. Lower it.")
     tokenizer = Tokenizer(origin.tokenizer_dir) if origin.tokenizer_dir is not None else None
     if tokenizer is not None and tokenizer.vocab_size > config.padded_vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, but the model {config.name} only {config.padded_vocab_size}"
         raise UserError(f"The tokenizer in {origin.tokenizer_dir} knows {sizes}. Take the model's own, or a larger `vocab_size`.")
-    data.connect(tokenizer, train.micro_batch_size, length)
+    data.connect(tokenizer, train.micro_batch_size, sample_length(train, config))
     samples, val_samples = prepared(fabric, data)
     if len(samples) == 0:
         raise UserError("There is not enough text for a single sample. Add more, or lower `train.max_seq_length`.")
     if not (isinstance(samples[0], Tensor) and samples[0].ndim == 1):
-        raise UserError(f"{type(data).__name__} holds instructions, but pretraining reads plain text. Use `--data TextFiles`, or `litgpt finetune`.")
+        raise UserError(
+            f"{type(data).__name__} holds instructions, but pretraining reads text. Use `--data TextFiles`, or `litgpt finetune`."
+        )
     return samples, val_samples
 
 
 def with_batch_size(train: TrainArgs, n_samples: int, length: int, n_shares: int) -> TrainArgs:
-    """Return the options with what they leave open: once through the data, in steps that are many enough to learn and large enough to be steady."""
+    """Return the options with what they leave open: once through the data, in enough steps to learn, as large as that allows."""
     if all(limit is None for limit in (train.epochs, train.max_steps, train.max_tokens, train.max_time)):
         train = replace(train, epochs=1)
     if train.global_batch_size is not None:
@@ -263,9 +258,20 @@ def peak_learning_rate(origin: Origin) -> float:
 # What is written
 
 
+def written_dtype(model: GPT, origin: Origin, precision: str) -> torch.dtype:
+    """Return the dtype of the weights in `final`: that of the weights the run begins with, or, of a new model, that of the training."""
+    return PRECISIONS[precision].frozen if origin.folder is None else model.transformer.wte.weight.dtype
+
+
+def write_final(folder: Path, weights: dict[str, Tensor], origin: Origin, dtype: torch.dtype, hyperparameters: dict[str, Any]) -> None:
+    """Make a Hugging Face folder of the trained weights."""
+    extras = partial(write_extras, origin=origin, hyperparameters=hyperparameters)
+    write_checkpoint(folder, weights, origin.config, source=origin.source, dtype=dtype, extras=extras, overwrite=True)
+
+
 def write_extras(folder: Path, origin: Origin, hyperparameters: dict[str, Any]) -> None:
     """Write the run's options, and the tokenizer it used."""
-    (folder / names.HYPERPARAMETERS).write_text(yaml.safe_dump(hyperparameters, sort_keys=False, allow_unicode=True))
+    write_options(folder, hyperparameters)
     if origin.tokenizer_dir not in (None, origin.source):
         for name in names.TOKENIZER_FILES:
             (folder / name).unlink(missing_ok=True)

@@ -1,12 +1,14 @@
 """A training run as both training scripts see it: its folder, the step it goes on from, what it counts, shows, logs and saves."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import yaml
 from lightning import LightningDataModule
 from lightning.fabric import Fabric
 from torch import Tensor, nn
@@ -15,11 +17,12 @@ from torch.optim import Optimizer
 
 from litgpt import names
 from litgpt.args import EvalArgs, TrainArgs
+from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
 from litgpt.metrics import Meter, ProgressLine, report, validation_values
 from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
 from litgpt.run_state import latest_step, load_run_state, save_run_state, saved_parameters
-from litgpt.training import Feed, Limits, Sample, StopRequest, validate, validation_microbatches
+from litgpt.training import Feed, Limits, Sample, StopRequest, take_step, validate, validation_microbatches
 
 # The run's folder
 
@@ -44,8 +47,8 @@ def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: b
     if resume in (True, "auto", "true"):
         found = latest_step(out_dir)
         if found is None and resume != "auto":
-            raise MissingFile(f"`resume` is true, but {out_dir} holds no step to go on from. Use `--resume auto` to begin where there is none.")
-        if found is not None or not results_in(out_dir):
+            raise MissingFile(f"`resume` is true, but {out_dir} holds no step to go on from. Use auto to begin where there is none.")
+        if found is not None:
             return found
     elif resume not in (False, None, "false"):
         folder = Path(resume)
@@ -59,13 +62,26 @@ def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: b
     return None
 
 
-def results_in(out_dir: Path) -> list[Path]:
-    """Return the steps and final folders of a run, finished or not."""
-    patterns = (names.STEP.replace("{:06d}", "[0-9]*"), names.FINAL, names.BEST)
-    return sorted(path for pattern in patterns for ending in ("", names.PARTIAL) for path in out_dir.glob(pattern + ending) if path.is_dir())
+def results_in(out_dir: Path, unfinished: bool = False) -> list[Path]:
+    """Return the steps and final folders of a run, those too that were being written if `unfinished` are wanted."""
+    finished = f"{names.STEP.replace('{:06d}', '[0-9]+')}|{names.FINAL}|{names.BEST}"
+    pattern = rf"({finished})(\.old)?({re.escape(names.PARTIAL)})?" if unfinished else finished
+    return sorted(path for path in out_dir.glob("*") if path.is_dir() and re.fullmatch(pattern, path.name))
+
+
+def write_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Write the options of a run, as `--config` reads them."""
+    (folder / names.HYPERPARAMETERS).write_text(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
 
 
 # Data
+
+
+def sample_length(train: TrainArgs, config: Config) -> int:
+    """Return how many tokens a sample may have: what the options say, up to the model's context."""
+    if (length := train.max_seq_length or config.block_size) > config.block_size:
+        raise UserError(f"`train.max_seq_length` is {length}, but the model's context is {config.block_size} tokens. Lower it.")
+    return length
 
 
 def prepared(fabric: Fabric, data: LightningDataModule) -> tuple[Sequence[Sample], Sequence[Sample]]:
@@ -82,6 +98,16 @@ def prepared(fabric: Fabric, data: LightningDataModule) -> tuple[Sequence[Sample
 
 
 # The run
+
+
+def described(model: nn.Module, precision: str) -> str:
+    """Return what is trained, and in which number types."""
+    n_all = sum(parameter.numel() for parameter in model.parameters())
+    n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if n_trained < n_all:
+        return f"{n_trained:,} of {n_all:,} parameters in {precision}"
+    held = ", gradients and the optimizer's averages too" if precision == "bf16-true" else ""
+    return f"{n_all:,} parameters in {precision}{held}"
 
 
 class Run:
@@ -122,7 +148,6 @@ class Run:
     def __enter__(self) -> Self:
         self.stop.__enter__()
         self.progress.__enter__()
-        self.meter.started = self.meter.last = self.meter.clock()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -139,20 +164,22 @@ class Run:
         if resumed is not None:
             counters = load_run_state(self.fabric, resumed, self.model, self.optimizer)
             if different := [name for name, value in self.same.items() if counters.get(name) != value]:
-                name = different[0]
-                saved = f"{resumed} is of a run with {name} {counters.get(name)!r}, not {self.same[name]!r}, and would go on with other samples."
-                raise UserError(f"{saved} Resume with the flags of that run.")
+                saved, here = counters.get(different[0]), self.same[different[0]]
+                raise UserError(
+                    f"{resumed} is of a run with {different[0]} {saved!r}, not {here!r}. Resume with the data and flags of that run."
+                )
             self.meter.step, self.meter.total_tokens = counters["step"], counters["total_tokens"]
             self.progress.say(f"Going on after step {self.step}, from {resumed}.")
         elif self.fabric.is_global_zero:
-            for path in results_in(self.out_dir):  # `step_to_resume` asked for permission
+            for path in results_in(self.out_dir, unfinished=True):  # `step_to_resume` asked for permission
                 shutil.rmtree(path)
         self.fabric.barrier()
         if type(self.fabric.logger).__name__ != "CSVLogger":  # which has no place for them
             self.fabric.logger.log_hyperparams(dict(hyperparameters))
 
     def feed(self, samples: Sequence[Sample], seed: int) -> Feed:
-        """Return the microbatches of the steps to come."""
+        """Return the microbatches of the steps to come, and start the clock."""
+        self.meter.started = self.meter.last = self.meter.clock()
         return Feed(self.fabric, samples, self.train, seed, self.step + 1, self.limits.last, self._wants_to_stop)
 
     def _wants_to_stop(self) -> bool:
@@ -163,9 +190,17 @@ class Run:
         train = self.train
         return learning_rate(step, self.peak, self.limits.max_steps, self.warmup, train.lr_schedule, train.min_lr)
 
-    def count(self, n_tokens: int) -> None:
-        """Note that a step is done."""
+    def take_step(self, n_tokens: int) -> Tensor:
+        """Clip the gradients and change the weights; return the gradients' norm before clipping, without waiting for the device.
+
+        Args:
+            n_tokens: How many tokens the step saw, over all ranks.
+        """
+        step = self.step + 1
+        lr, max_norm = self.learning_rate(step), self.train.max_norm
+        grad_norm = take_step(self.fabric, self.model, self.optimizer, step, lr, max_norm, self.non_finite)
         self.meter.count(n_tokens)
+        return grad_norm
 
     def log(self, loss: Tensor, grad_norm: Tensor, epoch: int) -> None:
         """Show and log a step. This waits for the device."""
@@ -209,9 +244,9 @@ class Run:
         if feed.stopped:
             self.progress.say(f"Stopping after step {self.step}: `train.max_time` is over.")
 
-    def report(self) -> str:
-        """Return the table for the end of the run."""
-        return report(self.meter)
+    def report(self, final: Path) -> None:
+        """Show what the run took, and where its result is."""
+        self.progress.say(f"{report(self.meter)}\nSaved {final}. Talk to it with: litgpt chat {final}")
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Return what was trained, each parameter whole and on the CPU. All ranks must call this."""

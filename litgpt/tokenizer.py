@@ -336,14 +336,28 @@ class _SentencePiece:
         ids, spans, start = [], [], 0
         for special in [*self.split.finditer(string), None]:
             end = special.start() if special else len(string)
-            if end > start:
-                pieces = self.processor.encode(string[start:end], out_type="immutable_proto").pieces
-                ids += [piece.id for piece in pieces]
-                spans += [(start + piece.begin, start + piece.end) for piece in pieces]
+            found, places = self._encode_plain(string[start:end])
+            ids += found
+            spans += [(start + first, start + last) for first, last in places]
             if special:
                 ids.append(self.find(special.group()))
                 spans.append(special.span())
                 start = special.end()
+        return ids, spans
+
+    def _encode_plain(self, string: str) -> tuple[list[int], Offsets]:
+        """Encode a text without special tokens; its pieces stand side by side in the normalized text."""
+        normalized, origin = self.processor.normalize(string, with_offsets=True)
+        ids, spans, position, n_bytes = self.processor.encode(string), [], 0, 0
+        for i, piece in zip(ids, self.processor.encode(string, out_type=str)):
+            start = position
+            if self.processor.is_byte(i):
+                n_bytes = (n_bytes + 1) % len(normalized[start].encode())
+                position += n_bytes == 0
+                spans.append((origin[start], origin[start + 1]))
+            else:
+                position += len(piece)
+                spans.append((origin[start], origin[position]))
         return ids, spans
 
     def decode(self, ids: list[int]) -> str:

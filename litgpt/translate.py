@@ -262,6 +262,8 @@ def peft_updates(tensors: Mapping[str, Tensor], settings: dict[str, Any], config
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.*)\.lora_(A|B)(?:\.default)?\.weight", name)
+        if match is None and name.endswith(".base_layer.weight"):
+            continue  # a copy of the base's head, which PEFT saves beside an update of it
         if match is None:
             raise UserError(f"The PEFT adapter holds {name!r}, which is no factor of a linear layer's LoRA update.")
         found.setdefault(match[1], {})[match[2]] = tensor

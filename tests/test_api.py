@@ -141,7 +141,7 @@ def test_a_model_with_random_weights_generates_and_is_saved(tmp_path):
     ("arguments", "said"),
     [
         (dict(model="pythia-14m", init="random"), "tokenizer_dir"),
-        (dict(model="pythia-15m", init="random", tokenizer_dir="FOLDER"), "pythia-14m"),
+        (dict(model="pythia-15m", init="random", tokenizer_dir="FOLDER"), "Did you mean 'pythia-"),
         (dict(model="FOLDER", init="fresh"), "'pretrained' or 'random'"),
         (dict(model="FOLDER", distribute="all"), "'auto' or None"),
         (dict(model="no/such/folder/here"), "no/such/folder/here"),

@@ -62,10 +62,10 @@ def test_queries_keys_and_values_are_sized_by_their_heads():
     [
         (dict(n_embd=33), "`n_embd` is a multiple of `n_head`"),
         (dict(n_query_groups=3), "`n_head` is a multiple of `n_query_groups`, but got 4 and 3"),
-        (dict(n_layer=0), "`n_layer` is a positive whole number, but got 0"),
+        (dict(n_layer=0), "`n_layer` is a positive whole number of at most 10000, but got 0"),
         (dict(n_layer=None), "`n_layer` is a positive whole number"),
         (dict(n_embd=32.5), "`n_embd` is a positive whole number"),
-        (dict(n_head="many"), "`n_head` is a positive whole number, but got 'many'"),
+        (dict(n_head="many"), "`n_head` is a positive whole number.*, but got 'many'"),
         (dict(bias="yes"), "`bias` is true or false, but got 'yes'"),
         (dict(rope_base=True), "`rope_base` is a positive number"),
         (dict(rotary_percentage=25), "`rotary_percentage` is a share between 0 and 1, but got 25"),
@@ -78,6 +78,7 @@ def test_queries_keys_and_values_are_sized_by_their_heads():
         (dict(mixers=["attention", "convolution"]), "'convolution'"),
         (dict(rope_adjustments=dict(factr=2)), "no key 'factr'. Did you mean 'factor'"),
         (dict(rope_adjustments=dict(factor=2, low_freq_factor=1)), "lacks a value"),
+        (dict(rope_adjustments=dict(factor="2x")), "`factor` in `rope_adjustments` is a number, but got '2x'"),
         (dict(rope_adjustments=3), "`rope_adjustments` is a mapping or null"),
         (dict(padding_multiple=0), "`padding_multiple` is a positive whole number"),
         (dict(family="lama"), "`family` is one of llama"),
@@ -208,6 +209,20 @@ def test_unknown_architectures_are_refused_by_their_config():
         with pytest.raises(UserError, match=sentence):
             Config.from_hf(mapping)
     assert Config.from_hf(dict(model_type="llama", architectures=["LLaMAForCausalLM"])).family == "llama"
+
+
+DAMAGED = [None, -1, 0, "x", [], {}, {"a": 1}, True, 1.5, 1e30, [1], {"rope_type": [1]}, {"rope_type": "yarn", "factor": "k"}]
+
+
+@EVERY_FAMILY
+def test_a_damaged_entry_of_config_json_is_read_or_refused_but_never_crashes(family):
+    whole = tiny_config(family).to_hf()
+    for key in [*whole, "text_config", "quantization_config"]:
+        for value in DAMAGED:
+            try:
+                Config.from_hf(whole | {key: value})
+            except UserError as error:
+                assert "\n" not in str(error)
 
 
 # Families

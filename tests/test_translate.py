@@ -86,7 +86,7 @@ def test_interleaved_rows_come_apart_as_in_transformers_falcon(heads, groups):
     falcon = (
         FalconForCausalLM(
             FalconConfig(
-                vocab_size=8,
+                vocab_size=16,
                 hidden_size=8 * heads,
                 num_attention_heads=heads,
                 num_kv_heads=groups,
@@ -104,10 +104,10 @@ def test_interleaved_rows_come_apart_as_in_transformers_falcon(heads, groups):
         fused = torch.randn_like(getattr(falcon.query_key_value, leaf))
         ((name, ours),) = translate([(f"there.3.{leaf}", fused)], rules, config, to_ours=True)
         assert name == f"here.3.{leaf}"
-        rows = fused.view(1, 1, len(fused), -1).transpose(-1, -2)  # (1, in, 1, rows): each row as a token's feature
-        q, k, v = falcon._split_heads(rows[0].transpose(0, 1).contiguous())
-        expected = [q[0].permute(1, 2, 0), k[0].permute(1, 2, 0)[:: heads // groups], v[0].permute(1, 2, 0)[:: heads // groups]]
-        assert torch.equal(ours, torch.cat([block.reshape(-1, block.size(-1)) for block in expected]).view_as(ours))
+        as_tokens = fused.view(len(fused), -1).T.unsqueeze(0)  # (1, in, rows)
+        q, k, v = (part[0].permute(1, 2, 0) for part in falcon._split_heads(as_tokens))  # (heads, D, in) each, keys and values repeated
+        expected = torch.cat([q, k[:: heads // groups], v[:: heads // groups]]).flatten(0, 1)
+        assert torch.equal(ours, expected.view_as(ours))
         assert_same(dict(translate([(name, ours)], rules, config, to_ours=False)), {f"there.3.{leaf}": fused})
 
 

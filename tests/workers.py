@@ -24,6 +24,7 @@ from litgpt import run_state, training
 from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.errors import UserError
+from litgpt.hardware import peak_memory_gb
 from litgpt.launch import cast_parameters, launch_fabric
 from litgpt.lora import LoRA, add_lora
 from litgpt.model import GPT
@@ -235,7 +236,7 @@ def dtypes(**setup):
         trained=[p for p in parameters if p.requires_grad],
         frozen=[p for p in parameters if not p.requires_grad],
         state=[value for state in optimizer.state.values() for value in state.values() if value.ndim],
-        buffers=[buffer for buffer in model.buffers() if buffer.is_floating_point()],
+        tables=[table for table, _ in getattr(model, "module", model).rope.tables.values()],
         products=outputs,
     )
     return {what: sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}) for what, tensors in found.items()}
@@ -269,6 +270,22 @@ def disk_quota(n_bytes, **args):
         train(**args)
     except UserError as error:
         return str(error)
+
+
+def said(file, **args):
+    """What a run and all below it print."""
+    with open(file, "w") as target:
+        os.dup2(target.fileno(), 1)
+        os.dup2(target.fileno(), 2)
+    train(**args)
+    return Path(file).read_text()
+
+
+def memory_of(n_bytes):
+    """By how much so many bytes raise the peak."""
+    before = peak_memory_gb()
+    torch.ones(n_bytes, dtype=torch.uint8)
+    return peak_memory_gb() - before
 
 
 def several(cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:

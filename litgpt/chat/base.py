@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litgpt.errors import UserError, did_you_mean
 from litgpt.generate.base import generate_fn
-from litgpt.generate.decode import RowState, decode, recorded, room, stream_text
+from litgpt.generate.decode import CHUNK, RowState, decode, new_cache, recorded, room, stream_text
 from litgpt.generate.run import Speaker, load, note
 from litgpt.model import GPT
 
@@ -82,7 +82,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.ids: list[int] = []  # of all that was said, as the memory saw it
         self.made: list[int] = []  # the newest answer
-        self.cache = speaker.new_cache(min(FIRST_LENGTH, self.context))
+        self.cache = new_cache(speaker.model, 1, min(FIRST_LENGTH, self.context), rewind=CHUNK)
 
     def answer(self, prompt: str) -> Iterator[str]:
         """Yield the answer as it is made. What was made until then is remembered, even if nobody waits for the end."""
@@ -118,7 +118,7 @@ class Conversation:
     def _grow(self, length: int) -> None:
         """Take a larger memory, which is fed anew, if this one is too small."""
         if length > self.cache.length:
-            self.cache = self.speaker.new_cache(min(max(length, 2 * self.cache.length), self.context))
+            self.cache = new_cache(self.speaker.model, 1, min(max(length, 2 * self.cache.length), self.context), rewind=CHUNK)
 
     def clear(self) -> None:
         """Forget what was said."""

@@ -27,6 +27,8 @@ class Field:
     """Turns their value into ours."""
     format: Callable[[Any], Any]
     """Turns ours into theirs."""
+    respell: Callable[[Any], Any]
+    """Turns what one of their spellings says into what another says."""
 
     def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         """Return our fields of their `config.json`."""
@@ -35,12 +37,14 @@ class Field:
         return dict.fromkeys(self.ours, self.parse(value))
 
     def write(self, mapping: dict[str, Any], fields: Mapping[str, Any]) -> None:
-        """Put our fields into their `config.json` in all spellings; an entry that says the same already stays as it is."""
+        """Put our fields into their `config.json` in all spellings; what says the same already stays as it is."""
         value = fields[self.ours[0]]
+        present = {spelling: said for spelling in self.theirs for found, said in [_look_up(mapping, spelling)] if found}
+        right = {spelling: said for spelling, said in present.items() if _says(self.parse, said, value)}
+        said = next((said for said in right.values() if said is not None), None)
         for spelling in self.theirs:
-            found, present = _look_up(mapping, spelling)
-            if not found or not _says(self.parse, present, value):
-                _put(mapping, spelling, self.format(value))
+            if spelling not in right:
+                _put(mapping, spelling, self.format(value) if value is None or said is None else self.respell(said))
 
 
 def field(
@@ -49,9 +53,10 @@ def field(
     default: Any = None,
     parse: Callable[[Any], Any] = lambda value: value,
     format: Callable[[Any], Any] = lambda value: value,
+    respell: Callable[[Any], Any] = lambda value: value,
 ) -> Field:
     """Return a row of a family's table, see `Field`."""
-    return Field(*(tuple([names] if isinstance(names, str) else names) for names in (theirs, ours)), default, parse, format)
+    return Field(*(tuple([names] if isinstance(names, str) else names) for names in (theirs, ours)), default, parse, format, respell)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def one_of(names: dict[str, str]) -> dict[str, Any]:
     """Return how to parse and format an activation that has one of these names there; the first of equals is written."""
 
     def parse(value: Any) -> str:
-        if value not in names:
+        if not isinstance(value, str) or value not in names:
             raise UserError(f"`hidden_act` is {value!r} in config.json, which is not supported here. Supported are: {', '.join(names)}.")
         return names[value]
 
@@ -67,7 +67,7 @@ def parse_rope(value: Any) -> dict[str, Any] | None:
     kind = value.get("rope_type", value.get("type", "default"))
     if kind == "default":
         return None
-    if kind not in ROPE_KEYS:
+    if kind not in list(ROPE_KEYS):  # a list, as `kind` may be anything
         raise UserError(f"`rope_type` is {kind!r} in config.json, which is not supported. Supported are: default, {', '.join(ROPE_KEYS)}.")
     needed, optional = ROPE_KEYS[kind]
     spelled = {ours: value.get(ROPE_SPELLINGS.get(ours, ours)) for ours in [*needed, *optional]}
@@ -95,8 +95,13 @@ def rope_fields(base: list[str], share: list[str] | None = None, default_share: 
         share: The older spellings of the rotated share of a head, where a model may rotate less than all.
         default_share: That share where it is left out.
     """
+    nested = ("rope_theta", "partial_rotary_factor")  # transformers 5 has them in the same mapping; the next rows write them
+
+    def respell(said: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in said.items() if key not in nested}
+
     rows = [
-        field(["rope_scaling", "rope_parameters"], "rope_adjustments", parse=parse_rope, format=format_rope),
+        field(["rope_scaling", "rope_parameters"], "rope_adjustments", parse=parse_rope, format=format_rope, respell=respell),
         field(["rope_parameters.rope_theta", *base], "rope_base", default=10000, parse=whole_if_equal, format=float),
     ]
     if share is not None:

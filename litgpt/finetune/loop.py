@@ -8,7 +8,6 @@ from random import Random
 from typing import Any, Literal
 
 import torch
-import yaml
 from lightning.fabric import Fabric
 from torch import Tensor
 
@@ -25,10 +24,10 @@ from litgpt.loss import IGNORED
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
 from litgpt.prompts import encode_prompt, save_prompt_style
-from litgpt.run import Run, prepared, run_folder, step_to_resume
+from litgpt.run import Run, described, prepared, run_folder, sample_length, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
-from litgpt.training import Limits, Sample, check_limits, forward_backward, seed_generators, take_step
+from litgpt.training import Limits, Sample, check_limits, forward_backward, seed_generators
 
 TRAIN = TrainArgs(save_interval=1000, log_interval=1, global_batch_size=16, micro_batch_size=1, epochs=5)
 EVAL = EvalArgs(interval=100, max_new_tokens=100, max_iters=100)
@@ -122,13 +121,14 @@ def finetune(
     tokenizer, data = Tokenizer(folder), data or Alpaca()
     samples, val_samples = read_samples(fabric, data, tokenizer, Config.from_checkpoint(folder), train)
     limits = Limits.of(train, len(samples), mean_length(samples))
+    shown = samples_to_show(samples, val_samples, eval)
 
     model = load_model(folder)
     base = Base(folder, model.config, model.transformer.wte.weight.dtype)
     check_ties(train, base.config)
     method.prepare(model, seed)
     cast_parameters(model, precision)
-    counted = f"{n_parameters(model, trained=True):,} of {n_parameters(model):,} parameters"
+    size = described(model, precision)
     model = fabric.setup_module(model.train())
     optimizer_ = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
 
@@ -137,35 +137,36 @@ def finetune(
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples)}
     run = Run(fabric, model, optimizer_, out_dir, train, optimizer.lr, limits, same, side_files)
     with run:
-        run.progress.say(f"Finetuning {base.config.name} with {method.name}: {counted}, {len(samples):,} samples, in {precision}.")
+        run.progress.say(f"Finetuning {base.config.name} with {method.name}: {size}, {len(samples):,} samples.")
         run.begin(resumed, hyperparameters)
-        fit(run, samples, val_samples, eval, seed, partial(say_answer, run, tokenizer, val_samples or samples, eval))
+        fit(run, samples, val_samples, eval, seed, partial(say_answer, run, tokenizer, shown, eval) if shown else None)
         weights = run.trained_weights()
         if fabric.is_global_zero:
             method.write(out_dir / names.FINAL, weights, base, extras)
         fabric.barrier()
-        run.progress.say(f"{run.report()}\nSaved {out_dir / names.FINAL}. Talk to it with: litgpt chat {out_dir / names.FINAL}")
+        run.report(out_dir / names.FINAL)
 
 
-def fit(run: Run, samples: Sequence[Sample], val_samples: Sequence[Sample], eval: EvalArgs, seed: int, show_example: Callable[[], None]) -> None:
+def fit(
+    run: Run, samples: Sequence[Sample], val_samples: Sequence[Sample], eval: EvalArgs, seed: int, show_example: Callable[[], None] | None
+) -> None:
     """Train until a limit is reached."""
     train = run.train
-    if eval.initial_validation:
+    if eval.initial_validation and run.step == 0:
         run.validate(val_samples, eval)
 
     feed = run.feed(samples, seed)
     for epoch, microbatches, agreed in feed:
         loss = forward_backward(run.fabric, run.model, microbatches, agreed.n_targets)
-        step = run.step + 1
-        grad_norm = take_step(run.fabric, run.model, run.optimizer, step, run.learning_rate(step), train.max_norm, run.non_finite)
-        run.count(agreed.n_tokens)
+        grad_norm = run.take_step(agreed.n_tokens)
 
-        if step % train.log_interval == 0:
+        if run.step % train.log_interval == 0:
             run.log(loss, grad_norm, epoch)  # the only line that waits for the device
-        if step % eval.interval == 0:
+        if run.step % eval.interval == 0:
             run.validate(val_samples, eval)
-            show_example()
-        if train.save_interval and step % train.save_interval == 0:
+            if show_example is not None:
+                show_example()
+        if train.save_interval and run.step % train.save_interval == 0:
             run.save()
         if run.limits.reached(run.meter.total_tokens):
             break
@@ -179,10 +180,8 @@ def read_samples(
     fabric: Fabric, data: DataModule, tokenizer: Tokenizer, config: Config, train: TrainArgs
 ) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Return the samples to train on and those to validate on, cut to what the model can read."""
-    if (longest := train.max_seq_length or config.block_size) > config.block_size:
-        raise UserError(f"`train.max_seq_length` is {longest}, but the model's context is {config.block_size} tokens. Lower it.")
     data.ignore_index = IGNORED  # the label that our loss leaves out
-    data.connect(tokenizer, train.micro_batch_size, longest)
+    data.connect(tokenizer, train.micro_batch_size, sample_length(train, config))
     samples, val_samples = prepared(fabric, data)
     if len(samples) and not (isinstance(samples[0], Mapping) and {"input_ids", "labels"} <= samples[0].keys()):
         raise UserError(f"{type(data).__name__} has no answers to learn, as finetuning needs. Use `--data JSON`, or `litgpt pretrain`.")
@@ -199,32 +198,42 @@ def check_ties(train: TrainArgs, config: Config) -> None:
     """Raise a UserError if the options ask for another model than the one that is finetuned."""
     if train.tie_embeddings not in (None, config.tie_embeddings):
         raise UserError(
-            f"`train.tie_embeddings` is {train.tie_embeddings}, but the model is built the other way, and finetuning keeps its build. Leave it out."
+            f"`train.tie_embeddings` is {train.tie_embeddings}, but the model is built the other way. Leave it out in finetuning."
         )
 
 
-def n_parameters(model: GPT, trained: bool = False) -> int:
-    """Return how many parameters there are, or how many of them are trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
+def samples_to_show(samples: Sequence[Sample], val_samples: Sequence[Sample], eval: EvalArgs) -> Sequence[Sample] | None:
+    """Return the samples whose instructions example answers are shown for, or None if none are to be shown."""
+    shown = val_samples if len(val_samples) else samples
+    if eval.max_new_tokens is None or not hasattr(shown, "example"):  # a data set of the user's own
+        return None
+    example_index(shown, eval, step=0)  # checks it now, not after an hour
+    return shown
+
+
+def example_index(samples: Sequence[Sample], eval: EvalArgs, step: int) -> int:
+    """Return which record the example answer after a step is for."""
+    n, wanted = len(samples.data), eval.evaluate_example
+    index = {"first": 0, "random": Random(step).randrange(n)}.get(wanted, wanted)
+    if not 0 <= int(index) < n:
+        raise UserError(f"`eval.evaluate_example` is {wanted!r}, but there are {n} samples. Use 'first', 'random' or a number below that.")
+    return int(index)
 
 
 def say_answer(run: Run, tokenizer: Tokenizer, samples: Sequence[Sample], eval: EvalArgs) -> None:
     """Show what the model, as it is now, answers to a sample's instruction. All ranks must call this."""
-    if eval.max_new_tokens is None or not hasattr(samples, "example"):  # a data set of the user's own
-        return
-    n, wanted = len(samples.data), eval.evaluate_example
-    index = {"first": 0, "random": Random(run.step).randrange(n)}.get(wanted, wanted)
-    if not 0 <= int(index) < n:
-        raise UserError(f"`eval.evaluate_example` is {wanted!r}, but there are {n} samples. Use 'first', 'random' or a number below that.")
     model, style = run.model.module, samples.prompt_style
-    prompt = encode_prompt(style, tokenizer, samples.example(int(index))[0])
+    messages, _ = samples.example(example_index(samples, eval, run.step))
+    prompt = encode_prompt(style, tokenizer, messages)
     if len(prompt) >= model.config.block_size:
-        return run.progress.say("No example is shown, for its prompt fills the model's context.")
+        run.progress.say("No example is shown, for its prompt fills the model's context.")
+        return
     with run.meter.paused():
         model.eval()
         try:
             row = RowState(temperature=0.8, seed=run.step)  # its own generator, so that training goes on as if nothing had been drawn
-            tokens = sum(complete(model, prompt, row, eval.max_new_tokens, stop_tokens(style, tokenizer)), [])
+            answer = complete(model, prompt, row, eval.max_new_tokens, stop_tokens(style, tokenizer))
+            tokens = [token for new in answer for token in new]
         finally:
             model.train()
         run.progress.say(f"{tokenizer.decode(prompt)}\n>>> {tokenizer.decode(tokens)}")
@@ -240,7 +249,7 @@ def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_extras(folder: Path, hyperparameters: Mapping[str, Any], style: Any) -> None:
     """Write the run's options and the prompt style it was trained with."""
-    (folder / names.HYPERPARAMETERS).write_text(yaml.safe_dump(dict(hyperparameters), sort_keys=False, allow_unicode=True))
+    write_options(folder, hyperparameters)
     if style is not None:
         save_prompt_style(style, folder)
 

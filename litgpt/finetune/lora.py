@@ -55,11 +55,9 @@ def setup(
             step N, and `logs/` the logged values. A folder that already holds a run is refused.
     """
     if quantize is not None:
-        raise UserError(f"`quantize` {quantize!r} is not supported yet in finetuning. Leave it out; `--precision bf16-true` saves memory too.")
-    method = with_lora(
-        LoRA(lora_r, lora_alpha, lora_dropout, lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head),
-    )
-    finetune(method, checkpoint_dir, out_dir=out_dir, **shared)
+        raise UserError(f"`quantize` {quantize!r} is not supported yet. Leave it out; `--precision bf16-true` saves memory too.")
+    lora = LoRA(lora_r, lora_alpha, lora_dropout, lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head)
+    finetune(with_lora(lora), checkpoint_dir, out_dir=out_dir, **shared)
 
 
 def with_lora(lora: LoRA) -> Method:

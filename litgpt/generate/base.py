@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litgpt.errors import UserError
 from litgpt.generate import decode as decoding
-from litgpt.generate.decode import CHUNK, RowState, complete, decode, draw, probabilities, recorded, room, stream_text
+from litgpt.generate.decode import RowState, complete, decode, draw, new_cache, probabilities, recorded, room, stream_text
 from litgpt.generate.run import load, note
 from litgpt.hardware import peak_memory_gb
 from litgpt.model import GPT
@@ -136,7 +136,7 @@ def generate_fn(
     if include_prompt:
         yield prompt
     for new in complete(model, prompt.tolist(), row, n_new, stop_tokens, include_eos):
-        yield from torch.tensor(new, dtype=prompt.dtype, device=prompt.device).split(1)
+        yield from (prompt.new_tensor([token]) for token in new)
 
 
 def batched_generate_fn(
@@ -164,7 +164,7 @@ def batched_generate_fn(
     rows, n_new = [RowState(**args) for args in each], _n_new(model, prompts.size(1), max_returned_tokens)
     if include_prompt:
         yield from (list(column.split(1)) for column in prompts.T)
-    cache = model.new_cache(len(prompts), prompts.size(1) + n_new, chunk=min(CHUNK, prompts.size(1)))
+    cache = new_cache(model, len(prompts), prompts.size(1) + n_new)
     for new in decode(model, prompts.tolist(), rows, cache, n_new, stop_tokens, include_eos):
         for step in range(max(map(len, new), default=0)):
             yield [prompts.new_tensor(row[step : step + 1]) if step < len(row) else None for row in new]

@@ -1,11 +1,12 @@
 """The one decode loop: prompts go in, sampled tokens come out, row by row. What one row draws never depends on its neighbours."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 import torch
 from torch import Tensor
+from torch.compiler import set_stance
 
 from litgpt.cache import Cache, upload
 from litgpt.errors import UserError
@@ -13,6 +14,7 @@ from litgpt.model import GPT
 from litgpt.tokenizer import StreamDecoder, Tokenizer
 
 CHUNK = 2048  # the most prompt tokens that one call of the model sees: more would only cost memory
+BUCKET = 256  # compiled attention reads a multiple of so many tokens, so that there are few graphs
 PREFIX = 1024  # how many of the likeliest tokens `top_p` looks at before it sorts all of them
 
 
@@ -122,13 +124,15 @@ def _limited(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     width = logits.size(-1)
     k = [min(row.top_k or width, width) for row in rows]
     n_sorted = max(n if n < width else PREFIX for n in k)
-    if n_sorted >= width or logits.device.type != "cpu":  # a device sorts fast, but is not to be waited for
+    if logits.device.type != "cpu":  # a device sorts fast, but is not to be waited for
         n_sorted = width
-    ordered = logits.topk(n_sorted).values  # (B, n)
-    n_kept = _n_kept(ordered, logits, k, rows)  # (B, 1)
-    if n_sorted < width and any(n == n_sorted < limit for n, limit in zip(n_kept.flatten().tolist(), k, strict=True)):
-        ordered = logits.sort(dim=-1, descending=True).values
-        n_kept = _n_kept(ordered, logits, k, rows)
+    while True:
+        n_sorted = min(n_sorted, width)
+        ordered = logits.topk(n_sorted).values  # (B, n)
+        n_kept = _n_kept(ordered, logits, k, rows)  # (B, 1)
+        if n_sorted == width or not any(n == n_sorted < limit for n, limit in zip(n_kept.flatten().tolist(), k, strict=True)):
+            break
+        n_sorted *= 16
     smallest = ordered.gather(-1, n_kept - 1)  # (B, 1)
     n_larger = (ordered > smallest).sum(-1, keepdim=True)
     equal = logits == smallest
@@ -222,6 +226,30 @@ class StopMatcher:
         return next((n for n in range(longest, 0, -1) if self.held[-n:] == sequence[:n]), 0)
 
 
+def compile_blocks(model: GPT, backend: str | Callable = "inductor") -> None:
+    """Compile each block in place, so that no parameter's name changes, for decoding with a cache of `new_cache`."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # all blocks share one code object
+    for block in model.transformer.h:
+        block.compile(backend=backend, dynamic=False)
+
+
+def new_cache(model: GPT, rows: int, length: int, rewind: int = 0) -> Cache:
+    """Return an empty memory as `GPT.new_cache` does; for a compiled model one whose use does not compile anew for every length.
+
+    Args:
+        model: The model.
+        rows: How many sequences fit.
+        length: How many tokens fit in each.
+        rewind: How many tokens can always be taken back.
+    """
+    compiled = model.transformer.h[0]._compiled_call_impl is not None
+    if compiled:
+        length = min(-(-length // BUCKET) * BUCKET, model.config.block_size)
+    cache = model.new_cache(rows, length, chunk=min(CHUNK, length), rewind=min(rewind, length))
+    cache.bucket = BUCKET if compiled else 1
+    return cache
+
+
 @torch.inference_mode()
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
     """Feed each row its prompt, chunk by chunk, and return the logits of each one's last token, (B, V).
@@ -270,7 +298,7 @@ def decode(
     """
     stop = [list(sequence) for sequence in stop]
     matchers = [StopMatcher(stop) for _ in rows]
-    logits = prefill(model, prompts, cache)
+    logits = prefill(model, prompts, cache) if cache.bucket == 1 else _eager_prefill(model, prompts, cache)
     for row, prompt in zip(rows, prompts, strict=True):
         row.count_prompt(prompt, logits.size(-1), logits.device)
     running = list(range(len(rows)))
@@ -294,6 +322,16 @@ def decode(
             tokens, running = tokens[upload(going, tokens.device)], [running[place] for place in going]
         span = cache.span([1] * len(running), running)
         logits = model(tokens.unsqueeze(1), cache=span, select="last")  # (B, V)
+
+
+def _eager_prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+    """Feed prompts to a compiled model: they have all lengths, and only single tokens are worth compiling for."""
+    bucket, cache.bucket = cache.bucket, 1
+    try:
+        with set_stance("force_eager"):
+            return prefill(model, prompts, cache)
+    finally:
+        cache.bucket = bucket
 
 
 def room(n_prompt: int, max_new_tokens: int, context: int) -> int:
@@ -336,9 +374,7 @@ def complete(
         UserError: The prompt is empty or too long. It is raised by the call, not by the first token.
     """
     n_new = room(len(prompt), max_new_tokens, model.config.block_size if cache is None else cache.length)
-    if cache is None:
-        length = len(prompt) + n_new
-        cache = model.new_cache(1, length, chunk=min(CHUNK, length))
+    cache = cache or new_cache(model, 1, len(prompt) + n_new)
     return (new for [new] in decode(model, [prompt], [row], cache, n_new, stop, include_stop))
 
 

@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from litgpt.cache import Cache
 from litgpt.checkpoint import load_model
 from litgpt.errors import UserError
-from litgpt.generate.decode import CHUNK
+from litgpt.generate.decode import compile_blocks
 from litgpt.hardware import find_device, products_dtype
 from litgpt.model import GPT
-from litgpt.prompts import PromptStyle, as_messages, encode_prompt, find_prompt_style
+from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 
@@ -34,12 +31,7 @@ class Speaker:
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]], sys_prompt: str | None = None) -> list[int]:
         """Return the ids of a prompt or of a list of messages, in the model's prompt style."""
-        return encode_prompt(self.style, self.tokenizer, as_messages(prompt), sys_prompt=sys_prompt)
-
-    def new_cache(self, length: int) -> Cache:
-        """Return an empty memory of one sequence, from which the last tokens can be taken back."""
-        chunk = min(CHUNK, length)
-        return self.model.new_cache(1, length, chunk=chunk, rewind=chunk)
+        return encode_prompt(self.style, self.tokenizer, prompt, sys_prompt=sys_prompt)
 
 
 def load(
@@ -60,10 +52,10 @@ def load(
         access_token: For a model that has to be downloaded.
     """
     check_quantize(quantize)
-    dtype, device = products_dtype(precision), find_device()
+    dtype = products_dtype(precision)
     folder = find_checkpoint(checkpoint_dir, access_token=access_token)
     tokenizer = Tokenizer(folder)
-    model = load_model(folder, dtype=dtype, device=device).eval()
+    model = load_model(folder, dtype=dtype, device=find_device())
     if compile:
         compile_blocks(model)
     return Speaker(folder, model, tokenizer, find_prompt_style(folder, tokenizer, config=model.config))
@@ -73,13 +65,6 @@ def check_quantize(quantize: str | None) -> None:
     """Refuse what cannot be done yet."""
     if quantize is not None:
         raise UserError(f"`quantize` {quantize!r} is not supported yet. Leave it out, or save memory with a 16-bit `precision`.")
-
-
-def compile_blocks(model: GPT) -> None:
-    """Compile each block in place, so that no parameter's name changes."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # all blocks share one code object
-    for block in model.transformer.h:
-        block.compile()
 
 
 def stop_tokens(style: PromptStyle, tokenizer: Tokenizer) -> list[list[int]]:

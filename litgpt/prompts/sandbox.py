@@ -1,7 +1,7 @@
 """Renders the Jinja templates of checkpoints as transformers does, but so that a hostile one can do no harm.
 
 Templates come from the internet. Jinja's immutable sandbox keeps them from our objects; here they also get a deadline, a limit on
-what they write, and no way to make huge values: every loop and call checks the time, and what multiplies is checked beforehand.
+what they write, and no way to make huge values: every loop and call checks the time, and what multiplies or nests is weighed before.
 """
 
 import json
@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, wraps
 from typing import Any
@@ -18,6 +19,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from litgpt.errors import UserError
@@ -25,12 +27,29 @@ from litgpt.errors import UserError
 MAX_SECONDS = 5.0
 MAX_CHARACTERS = 2**24
 MAX_BITS = 4096  # of whole numbers
-MULTIPLIERS = frozenset(
-    "batch center expandtabs format format_map indent join list ljust pprint replace rjust slice string tojson translate truncate "
-    "urlize wordwrap xmlattr zfill".split()
-)  # filters and methods whose result may be far longer than what they are given
+MAX_WORK = 2**28  # characters that are handled on the way, as in `{% set %}` blocks
+WEIGHED = frozenset(
+    "batch capitalize center e escape expandtabs forceescape format format_map indent join list ljust lower pprint replace rjust safe "
+    "slice string striptags title tojson translate trim truncate upper urlencode urlize wordcount wordwrap xmlattr zfill".split()
+)  # filters and methods that write a value out or make it longer
 
-_deadline: ContextVar[float] = ContextVar("_deadline")
+_budget: ContextVar["_Budget"] = ContextVar("_budget")
+
+
+@dataclass
+class _Budget:
+    """What one rendering may still use."""
+
+    deadline: float
+    work: int = 0
+
+    def spend(self, work: int = 0) -> None:
+        """Stop the rendering when its time is over or its work too much."""
+        if time.monotonic() > self.deadline:
+            raise UserError(f"The chat template took longer than {MAX_SECONDS:g} seconds. It may loop forever; use another prompt style.")
+        self.work += work
+        if self.work > MAX_WORK:
+            raise UserError("The chat template handles too much text. Use another prompt style.")
 
 
 def render(template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -43,12 +62,13 @@ def render(template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]
     Raises:
         UserError: The template is wrong, refuses the messages, or takes too long or too much space.
     """
-    token = _deadline.set(time.monotonic() + MAX_SECONDS)
+    budget = _Budget(time.monotonic() + MAX_SECONDS)
+    token = _budget.set(budget)
     try:
         compiled, mark = _compiled(template)
         chunks, length = [], 0
         for chunk in compiled.generate(**variables):
-            _check_time()
+            budget.spend()
             chunks.append(chunk)
             length += len(chunk)
             _check_size(length)
@@ -58,7 +78,7 @@ def render(template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]
     except Exception as error:  # whatever a template's code runs into
         raise UserError(f"The chat template cannot write these messages: {error or type(error).__name__}.") from None
     finally:
-        _deadline.reset(token)
+        _budget.reset(token)
 
 
 @lru_cache(maxsize=32)
@@ -83,20 +103,15 @@ def _split_at_marks(marked: str, mark: str) -> tuple[str, list[tuple[int, int]]]
     return text, spans
 
 
-def _check_time(*_: Any) -> None:
-    if time.monotonic() > _deadline.get():
-        raise UserError(f"The chat template took longer than {MAX_SECONDS:g} seconds. It may loop forever; use another prompt style.")
-
-
 def _check_size(size: int) -> None:
     if size > MAX_CHARACTERS:
         raise UserError(f"The chat template wrote more than {MAX_CHARACTERS} characters. Use another prompt style.")
 
 
-def _ticking(items: Iterable) -> Iterator:
-    """Look at the time before each item of a loop."""
+def _ticking(items: Iterable, work: int) -> Iterator:
+    """Look at the time before each item of a loop, and count the text that its body writes."""
     for item in items:
-        _check_time()
+        _budget.get().spend(work)
         yield item
 
 
@@ -107,6 +122,8 @@ def _weight(value: Any) -> int:
         part = stack.pop()
         weight += len(part) if isinstance(part, str) else 8
         _check_size(weight)
+        if isinstance(part, Namespace):
+            raise UserError("The chat template writes a namespace. Use another prompt style.")
         if isinstance(part, dict):
             stack += [*part, *part.values()]
         elif isinstance(part, (list, tuple)):
@@ -116,8 +133,8 @@ def _weight(value: Any) -> int:
 
 def _check_call(name: str, value: Any, arguments: Iterable) -> None:
     """Refuse a call that could make something huge of a value."""
-    _check_time()
-    if name in MULTIPLIERS:
+    _budget.get().spend()
+    if name in WEIGHED:
         factors = [a if isinstance(a, int) else _weight(a) if isinstance(a, (str, list, tuple)) else 1 for a in arguments]
         _check_size(_weight(value) * max([1, *factors]) // 16)  # many texts are replaced by shorter ones
         if name in ("format", "format_map"):
@@ -170,14 +187,30 @@ class _Guards(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802
         """Let a loop look at the time."""
         self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, "_ticking", [], [], None, None, lineno=node.lineno)
+        work = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        node.iter = _filtered(node.iter, "_ticking", nodes.Const(work))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:  # noqa: N802
         """Limit what `~` makes."""
         self.generic_visit(node)
-        values = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(values, "_joined", [], [], None, None, lineno=node.lineno)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "_joined")
+
+    def visit_List(self, node: nodes.List) -> nodes.Filter:  # noqa: N802
+        """Limit what nests."""
+        self.generic_visit(node)
+        return _filtered(node, "_weighed")
+
+    visit_Dict = visit_List  # noqa: N815
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:  # noqa: N802
+        """Limit what nests; the targets of a loop do not."""
+        self.generic_visit(node)
+        return _filtered(node, "_weighed") if node.ctx == "load" else node
+
+
+def _filtered(node: nodes.Expr, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -189,16 +222,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(finalize=self._finalized, **options)
         self.mark = f"\0{secrets.token_hex(8)}"
         self.filters["tojson"] = _tojson
-        self.filters |= {name: _guarded(name, self.filters[name]) for name in MULTIPLIERS & self.filters.keys()}
-        self.filters["_ticking"] = jinja2.pass_context(lambda _, items: _ticking(items))
+        self.filters |= {name: _guarded(name, self.filters[name]) for name in WEIGHED & self.filters.keys()}
+        self.filters["_ticking"] = jinja2.pass_context(lambda _, items, work: _ticking(items, work))
         self.filters["_joined"] = jinja2.pass_context(lambda _, values: "".join(map(str, values)) if _weight(values) else "")
+        self.filters["_weighed"] = jinja2.pass_context(lambda _, value: value if _weight(value) else value)
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
     @staticmethod
     def _finalized(value: Any) -> Any:
-        """Check what is written."""
-        _weight(value)
+        """Count what is written."""
+        _budget.get().spend(_weight(value))
         return value
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -208,12 +242,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Calculate with limits."""
-        _check_time()
+        _budget.get().spend()
         numbers = isinstance(left, int) and isinstance(right, int)
         if numbers and operator in "**" and left.bit_length() * (right if operator == "**" else 1) + right.bit_length() > MAX_BITS:
             raise UserError("The chat template calculates with huge numbers. Use another prompt style.")
         if operator == "%":
             _check_format(left)
+            _weight(right)
         if operator == "*" and not numbers:
             count = next((value for value in (left, right) if isinstance(value, int)), 1)
             _check_size(_weight(right if isinstance(left, int) else left) * max(count, 1))
@@ -225,6 +260,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Call with limits."""
         method = getattr(__obj, "__wrapped__", __obj)
         _check_call(getattr(method, "__name__", ""), getattr(method, "__self__", None), [*args, *kwargs.values()])
+        if method is dict or method is Namespace:
+            _weight([*args, *kwargs.values()])
         result = super().call(__context, __obj, *args, **kwargs)
         _check_size(len(result) if isinstance(result, str) else 0)
         return result

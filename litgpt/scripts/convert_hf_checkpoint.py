@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import yaml
 
 from litgpt import names
 from litgpt.checkpoint import DTYPES, disk_error, load_model
@@ -33,11 +34,12 @@ def convert_hf_checkpoint(
     if debug_mode:
         for name, tensor in weights.items():
             print(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
+    described = yaml.safe_dump(model.config.to_litgpt(), sort_keys=False)
     partial = folder / (names.LIT_WEIGHTS + names.PARTIAL)
     try:
         torch.save(weights, partial)
         partial.replace(folder / names.LIT_WEIGHTS)
-        model.config.save(folder / names.LIT_CONFIG)
+        (folder / names.LIT_CONFIG).write_text(described)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error, RuntimeError) else error

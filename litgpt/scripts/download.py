@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -275,26 +275,36 @@ def _is_there(target: Path, tokenizer_only: bool) -> bool:
 
 def _collect(repository: hub.Repository, partial: Path, tokenizer_only: bool) -> None:
     """Download the files of a repository into a folder: first those that say whether the rest is of use."""
-    files = repository.side_files()
-    if names.CONFIG in files and not tokenizer_only:
-        try:
-            Config.from_checkpoint(repository.fetch(names.CONFIG, partial).parent)
-        except UserError:
-            shutil.rmtree(partial)
-            raise
-    elif not tokenizer_only:
-        way = "It holds GGUF files: download one and name that." if any(name.endswith(".gguf") for name in repository.sizes) else ""
-        raise MissingFile(f"{repository.id} on the hub has no {names.CONFIG}, so its architecture is not known. {way}".rstrip())
+    side_files = repository.side_files()
     if not tokenizer_only:
-        files += repository.weight_files(partial)
-    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    hub.check_space(partial, sum(repository.sizes[name] for name in files) - there)
-    for name in files:
+        if names.CONFIG not in side_files:
+            gguf = any(name.endswith(".gguf") for name in repository.sizes)
+            way = "Download one of its GGUF files by hand and name that." if gguf else "Name another model."
+            raise MissingFile(f"{repository.id} on the hub has no {names.CONFIG}, so its architecture is not known. {way}")
+        repository.fetch(names.CONFIG, partial)
+        _check_collected(repository, partial, lambda: Config.from_checkpoint(partial))
+    for name in side_files:
         repository.fetch(name, partial)
-    if missing := missing_part(partial, not tokenizer_only, not tokenizer_only):
-        raise MissingFile(f"{repository.id} on the hub lacks {missing}.")
-    check_files(partial)
-    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub's notes about what is complete
+    _check_collected(repository, partial, lambda: check_files(partial), weights=False, config=not tokenizer_only)
+    if not tokenizer_only:
+        weight_files = repository.weight_files(partial)
+        there = sum(file.stat().st_size for file in partial.glob("*"))
+        hub.check_space(partial, sum(repository.sizes[name] for name in [*side_files, *weight_files]) - there)
+        for name in weight_files:
+            repository.fetch(name, partial)
+        _check_collected(repository, partial, lambda: check_files(partial), weights=True)
+    (partial / hub.COMMIT).unlink()
+
+
+def _check_collected(repository: hub.Repository, partial: Path, check: Callable[[], object], **parts: bool) -> None:
+    """Throw away what was downloaded if it is of no use."""
+    try:
+        check()
+        if parts and (missing := missing_part(partial, **parts)):
+            raise MissingFile(f"{repository.id} on the hub lacks {missing}.")
+    except UserError as error:
+        shutil.rmtree(partial)
+        raise type(error)(str(error).replace(str(partial), repository.id)) from None
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -315,10 +325,9 @@ def one_at_a_time(checkpoint_dir: Path) -> Iterator[None]:
         with WeakFileLock(checkpoint_dir / ".lock"):
             yield
     except OSError as error:
-        if isinstance(error, UserError):
+        if (message := hub.disk_error(error)) is None:
             raise
-        cause = "the disk is full. Free some space" if error.errno in hub.DISK_FULL else f"{error.strerror or error}. Choose another folder"
-        raise UserError(f"{checkpoint_dir} could not be written: {cause}.") from error
+        raise UserError(f"{checkpoint_dir} could not be written: {message}") from error
 
 
 def import_file(path: Path, dtype: str | None, checkpoint_dir: Path) -> Path:

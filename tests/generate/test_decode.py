@@ -9,7 +9,19 @@ from litgpt.checkpoint import load_model
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.generate import decode as decoding
-from litgpt.generate.decode import RowState, StopMatcher, complete, decode, draw, prefill, probabilities, room, sample, stream_text
+from litgpt.generate.decode import (
+    RowState,
+    StopMatcher,
+    compile_blocks,
+    complete,
+    decode,
+    draw,
+    prefill,
+    probabilities,
+    room,
+    sample,
+    stream_text,
+)
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
@@ -292,6 +304,16 @@ def test_decoding_calls_the_model_once_for_the_prompt_and_once_for_each_further_
     model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
     assert len(list(complete(model, [1, 2, 3, 4, 5], greedy(), 7))) == 7
     assert calls == [5] + [1] * 6
+
+
+def test_compiled_blocks_give_the_same_tokens_from_one_graph_for_all_steps():
+    model, prompts = tiny_model(), [[1, 2, 3], list(range(20))]
+    expected_tokens = [[t for new in complete(model, prompt, greedy(), 30) for t in new] for prompt in prompts]
+    names, graphs = model.state_dict().keys(), []
+    compile_blocks(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    assert model.state_dict().keys() == names
+    assert [[t for new in complete(model, prompt, greedy(), 30) for t in new] for prompt in prompts] == expected_tokens
+    assert 1 <= len(graphs) <= model.config.n_layer
 
 
 def test_the_answer_ends_where_the_context_is_full():

@@ -1,5 +1,3 @@
-from functools import partial
-
 import pytest
 import torch
 from speaking import make_checkpoint
@@ -79,15 +77,6 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, flags, said):
     assert out == ""
     assert said in err.splitlines()[-1]
     assert "Traceback" not in err
-
-
-def test_compiled_blocks_give_the_same_tokens_under_the_same_names(folder, speaker, monkeypatch):
-    eager = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: setattr(block, "_compiled_call_impl", eager(block._call_impl)))
-    compiled = load(folder, precision="32-true", compile=True)
-    assert compiled.model.state_dict().keys() == speaker.model.state_dict().keys()
-    prompt = torch.tensor(speaker.encode("Hello"))
-    assert torch.equal(*(base.generate(each.model, prompt, len(prompt) + 20, temperature=0.0) for each in (compiled, speaker)))
 
 
 # LitGPT's functions

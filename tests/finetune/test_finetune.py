@@ -1,0 +1,335 @@
+import csv
+import json
+import math
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune.run_and_kill import at_call, run_and_kill
+from peft import PeftModel
+from safetensors.torch import load_file
+from speaking import make_checkpoint
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from litgpt import cli
+from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs
+from litgpt.checkpoint import load_model
+from litgpt.data import JSON, TextFiles
+from litgpt.errors import MissingFile, UserError
+from litgpt.finetune import full, loop, lora
+from litgpt.metrics import Meter
+
+METHODS = {"lora": lora, "full": full}
+TRAIN = dict(global_batch_size=4, micro_batch_size=2, epochs=2)
+EVAL = dict(interval=1000, max_new_tokens=None, final_validation=False)
+N_TRAINED = 18  # of 20 samples
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ragged samples that can be learned by heart."""
+    file = tmp_path_factory.mktemp("data") / "samples.json"
+    file.write_text(json.dumps([{"instruction": f"Say {i}", "output": "yes " * (1 + i % 5)} for i in range(20)]))
+    return file
+
+
+@pytest.fixture
+def run(base: Path, samples: Path, tmp_path: Path):
+    """Finetunes the tiny model; returns the run's folder."""
+
+    def run(method: str = "lora", out_dir: str = "out", train: dict = {}, eval: dict = {}, lr: float = 1e-2, **options: Any) -> Path:  # noqa: B006
+        options = arguments(samples, tmp_path / out_dir, train, eval, lr) | options
+        METHODS[method].setup(options.pop("checkpoint_dir", base), **options)
+        return tmp_path / out_dir
+
+    return run
+
+
+def arguments(samples: Path, out_dir: Path, train: dict, eval: dict, lr: float) -> dict[str, Any]:
+    return dict(
+        out_dir=out_dir,
+        precision="32-true",
+        data=JSON(json_path=samples, val_split_fraction=0.1),
+        train=TrainArgs(**TRAIN | train),
+        eval=EvalArgs(**EVAL | eval),
+        optimizer=OptimizerArgs(lr=lr),
+    )
+
+
+def logged(out_dir: Path, column: str, version: int = 0) -> dict[int, float]:
+    """The values of one column of the log, by step."""
+    with open(out_dir / "logs" / "csv" / f"version_{version}" / "metrics.csv") as file:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def logits_of(folder: Path) -> Tensor:
+    with torch.inference_mode():
+        return load_model(folder)(IDS)
+
+
+def theirs(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+# What is trained
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ({}, {"q_proj", "v_proj"}),
+        (dict(lora_query=False, lora_value=False, lora_key=True, lora_projection=True), {"k_proj", "o_proj"}),
+        (dict(lora_query=False, lora_value=False, lora_mlp=True, lora_head=True), {"gate_proj", "up_proj", "down_proj", "lm_head"}),
+    ],
+)
+def test_one_step_of_lora_moves_exactly_what_the_flags_choose(run, base: Path, flags: dict, parts: set[str]):
+    out_dir = run(train=dict(max_steps=1, save_interval=1), **flags)
+    before, after = weights(base), weights(out_dir / "final")
+    assert before.keys() == after.keys()
+    assert {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])} == parts
+    saved = load_file(out_dir / "step-000001" / "run_state" / "shard-00000.safetensors")
+    assert all("lora_" in name for name in saved if not name.startswith("generator/"))
+
+
+def test_one_step_of_full_finetuning_moves_every_weight(run, base: Path):
+    before, after = weights(base), weights(run("full", train=dict(max_steps=1)) / "final")
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls_and_the_result_loads_in_transformers(run, method: str):
+    out_dir = run(method, train=dict(epochs=8), eval=dict(final_validation=True))
+    losses = list(logged(out_dir, "loss").values())
+    assert losses[-1] < 0.5 * losses[0]
+    model = theirs(out_dir / "final")
+    with torch.inference_mode():
+        torch.testing.assert_close(logits_of(out_dir / "final"), model(IDS).logits, rtol=0, atol=2e-5)
+    assert (out_dir / "final" / "prompt_style.yaml").is_file() and (out_dir / "final" / "tokenizer.json").is_file()
+
+
+def test_peft_loads_the_adapter_with_equal_logits(run, base: Path):
+    final = run(lora_mlp=True, lora_key=True) / "final"
+    adapted = PeftModel.from_pretrained(theirs(base), final / "adapter").eval()
+    with torch.inference_mode():
+        logits = adapted(IDS).logits
+        torch.testing.assert_close(logits, logits_of(final), rtol=0, atol=5e-5)
+        assert not torch.allclose(logits, logits_of(base), atol=0.1)
+
+
+def test_the_result_has_the_dtype_of_the_base(run, base: Path, tmp_path: Path):
+    theirs(base).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bf16" / file).write_bytes((base / file).read_bytes())
+    for method in METHODS:
+        final = run(method, method, train=dict(max_steps=1), checkpoint_dir=tmp_path / "bf16", precision=None) / "final"
+        assert {tensor.dtype for tensor in weights(final).values()} == {torch.bfloat16}
+        assert json.loads((final / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_a_checkpoint_directory(run, method: str):
+    out_dir = run(method, train=dict(max_steps=3, save_interval=3))
+    torch.testing.assert_close(logits_of(out_dir / "step-000003"), logits_of(out_dir / "final"), rtol=0, atol=1e-5)
+
+
+# The loop
+
+
+def test_how_a_batch_is_cut_up_changes_nothing(run):
+    runs = {size: run(out_dir=str(size), train=dict(micro_batch_size=size), lora_dropout=0.0) for size in (1, 2, 4)}
+    for size in (2, 4):
+        losses = [torch.tensor(list(logged(runs[i], "loss").values())) for i in (1, size)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(logits_of(runs[1] / "final"), logits_of(runs[size] / "final"), rtol=0, atol=1e-3)
+
+
+def test_the_first_loss_and_the_validation_loss_are_means_over_the_answers_tokens(run, base: Path, samples: Path):
+    kept = []
+    data = JSON(json_path=samples, val_split_fraction=0.1)
+    train, eval = dict(global_batch_size=N_TRAINED, max_steps=1), dict(initial_validation=True)
+    out_dir = run(train=train, eval=eval, data=data, lora_dropout=0.0)
+    model = theirs(base)
+    for dataset in (data.train_dataset, data.val_dataset):
+        nll, n = 0.0, 0
+        for sample in dataset:
+            with torch.inference_mode():
+                logits = model(sample["input_ids"].unsqueeze(0)).logits[0, :-1]
+            targets = sample["labels"][1:]
+            nll += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+            n += int((targets != -100).sum())
+        kept.append(nll / n)
+    assert logged(out_dir, "loss")[1] == pytest.approx(kept[0], rel=1e-5)
+    assert logged(out_dir, "val_loss")[0] == pytest.approx(kept[1], rel=1e-5)
+    assert logged(out_dir, "val_ppl")[0] == pytest.approx(math.exp(kept[1]), rel=1e-4)
+
+
+def test_showing_examples_leaves_the_training_as_it_is(run, capsys: pytest.CaptureFixture):
+    quiet = run(out_dir="quiet")  # with dropout
+    capsys.readouterr()
+    shown = run(out_dir="shown", eval=dict(interval=2, max_new_tokens=4, evaluate_example="random", initial_validation=True))
+    assert capsys.readouterr().out.count(">>>") == 5
+    assert logged(quiet, "loss") == logged(shown, "loss")
+
+
+def test_clipping_is_on_and_null_turns_it_off(run, base: Path):
+    moved = {}
+    for max_norm in (1e-3, None):
+        final = run("full", str(max_norm), dict(max_steps=1, max_norm=max_norm), optimizer=OptimizerArgs("SGD", lr=1.0)) / "final"
+        moved[max_norm] = sum((after - weights(base)[name]).square().sum() for name, after in weights(final).items()).sqrt().item()
+    norm = logged(final.parent, "grad_norm")[1]
+    assert TrainArgs().max_norm == loop.TRAIN.max_norm == 1.0
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2) and moved[None] == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("train", "n_steps"),
+    [
+        (dict(epochs=3), 15),  # 18 samples: four steps of 4 and one of 2
+        (dict(epochs=3, max_steps=7), 7),
+        (dict(epochs=None, max_steps=2), 2),
+        (dict(epochs=None, max_tokens=1), 1),
+    ],
+)
+def test_a_run_ends_at_its_first_limit(run, train: dict, n_steps: int):
+    out_dir = run(train=train)
+    assert max(logged(out_dir, "loss")) == n_steps
+    assert (out_dir / "final" / "model.safetensors").is_file()
+
+
+def test_a_run_ends_when_its_time_is_over(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Meter, "elapsed", lambda self: self.step)
+    out_dir = run(train=dict(max_time=3.0))
+    assert max(logged(out_dir, "loss")) in (3, 4)  # the vote on a step is begun while the one before runs
+    assert (out_dir / "final" / "model.safetensors").is_file()
+
+
+def test_a_run_stops_after_as_many_tokens_as_asked_for(run):
+    tokens = logged(run(train=dict(epochs=None, max_tokens=400)), "total_tokens")
+    *earlier, last = tokens.values()
+    assert last >= 400 and all(n < 400 for n in earlier)
+
+
+def test_gradients_that_are_not_finite_stop_the_run_and_nothing_bad_is_saved(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def spoil():
+        spoiled[0].weight.grad.fill_(float("nan"))
+
+    spoiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(loop, "cast_parameters", lambda model, precision: spoiled.append(model.lm_head))
+    monkeypatch.setattr(loop, "forward_backward", at_call(3, loop.forward_backward, spoil))
+    with pytest.raises(UserError, match="step 3"):
+        run("full", train=dict(save_interval=1, log_interval=100))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name != "logs") == ["step-000001", "step-000002"]
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_bit_for_bit(run, base: Path, samples: Path, tmp_path: Path, method: str):
+    train, at = dict(epochs=3, save_interval=3), random.Random(method).randrange(5, 15)
+    reference = run(method, "reference", train, dict(interval=4))
+    killed = tmp_path / "killed"
+    module = METHODS[method].__name__
+    assert run_and_kill(module, at, base, **arguments(samples, killed, train, dict(interval=4), 1e-2)) == -signal.SIGKILL
+    last = (at - 1) // 3 * 3
+    assert max(path.name for path in killed.iterdir()) == f"step-{last:06d}"
+
+    run(method, "killed", train, dict(interval=4), resume=True)
+    for column in ("loss", "grad_norm", "learning_rate", "total_tokens", "val_loss"):
+        expected = logged(reference, column)
+        assert logged(killed, column, version=1) == {step: value for step, value in expected.items() if step > last}
+    for name, weight in weights(reference / "final").items():
+        assert torch.equal(weight, weights(killed / "final")[name]), name
+
+
+def test_a_signal_saves_the_step_and_the_run_can_go_on(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reference = run(out_dir="reference")
+    monkeypatch.setattr(loop, "forward_backward", at_call(3, loop.forward_backward, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 130
+    assert [path.name for path in sorted((tmp_path / "out").iterdir()) if path.name != "logs"] in (["step-000003"], ["step-000004"])
+    run(resume="auto")
+    assert weights(tmp_path / "out" / "final").keys() == weights(reference / "final").keys()
+    for name, weight in weights(reference / "final").items():
+        assert torch.equal(weight, weights(tmp_path / "out" / "final")[name]), name
+
+
+def test_a_folder_that_holds_a_run_is_left_alone_unless_told_otherwise(run, tmp_path: Path):
+    short = dict(max_steps=2, save_interval=1)
+    out_dir = run(train=short)
+    (out_dir / "final_notes").mkdir()
+    with pytest.raises(UserError, match="already holds a run"):
+        run(train=short)
+    with pytest.raises(UserError, match="global_batch_size"):
+        run(train=short | dict(global_batch_size=2), resume=True)
+    (out_dir / "final" / "mine").touch()
+    run(train=dict(max_steps=1), overwrite=True)
+    assert sorted(path.name for path in out_dir.iterdir()) == ["final", "final_notes", "logs"] and not (out_dir / "final" / "mine").exists()
+    with pytest.raises(MissingFile, match="no step"):
+        run(train=short, resume=True)
+    run(out_dir="other", train=short, resume="auto")
+    run(out_dir="third", train=dict(max_steps=3), resume=tmp_path / "other" / "step-000001")
+    assert list(logged(tmp_path / "third", "loss")) == [2, 3]
+
+
+# Options
+
+
+def test_the_command_of_the_readme_runs_as_written(base: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "some").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "some" / "model").symlink_to(base)
+    command = f"finetune some/model --data JSON --data.json_path {samples} --data.val_split_fraction 0.1 --out_dir out/custom-model"
+    assert cli.main([*command.split(), "--train.epochs", "1", "--precision", "32-true", "--optimizer.lr", "1e-2"]) == 0
+    first = tmp_path / "out" / "custom-model"
+    assert cli.main(["finetune_lora", "--config", str(first / "final" / "hyperparameters.yaml"), "--out_dir", "again"]) == 0
+    assert logged(first, "loss") == logged(tmp_path / "again", "loss")
+    assert cli.main([*command.split(), "--train.epochs", "1"]) == 2
+
+
+def test_defaults_suit_the_method():
+    assert loop.OPTIMIZER.lr == 2e-4 and full.OPTIMIZER.lr == 2e-5
+    assert (loop.TRAIN.epochs, loop.TRAIN.global_batch_size, loop.TRAIN.micro_batch_size) == (5, 16, 1)
+    assert (loop.EVAL.interval, full.EVAL.interval, full.EVAL.max_new_tokens) == (100, 600, 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(quantize="bnb.nf4"), "not supported yet"),
+        (dict(lora_query=False, lora_value=False), "Turn one on"),
+        (dict(train=dict(max_seq_length=10_000)), "context is 256"),
+        (dict(train=dict(micro_batch_size=0)), "micro_batch_size"),
+        (dict(train=dict(tie_embeddings=True)), "tie_embeddings"),
+        (dict(eval=dict(interval=1, max_new_tokens=1, evaluate_example=99)), "evaluate_example"),
+        (dict(devices=0), "devices"),
+        (dict(precision="bf16-ture"), "bf16-true"),
+        (dict(checkpoint_dir="no/such/model"), "no/such/model"),
+        (dict(lr=0.0), "lr"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused(run, options: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        run(**options)
+
+
+def test_texts_are_refused(run, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("A text has no answers. " * 100)
+    with pytest.raises(UserError, match="litgpt pretrain"):
+        run(data=TextFiles(train_data_path=tmp_path / "text.txt", num_workers=0))

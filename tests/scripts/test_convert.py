@@ -1,0 +1,130 @@
+import json
+
+import pytest
+import torch
+import yaml
+from oracle import pair
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM
+
+from litgpt import cli
+from litgpt.families import FAMILIES
+from litgpt.lora import LoRA, LoRALinear, add_lora, merge_lora_weights
+
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def checkpoint(path, family="llama", **changes):
+    """A complete checkpoint directory that transformers wrote, with a tokenizer."""
+    from tokenizers import Tokenizer, models
+
+    config = tiny_config(family, **changes)
+    ours, theirs = pair(config)
+    theirs.save_pretrained(path)
+    Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a")).save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(dict(bos_token="<s>", eos_token="</s>")))
+    return ours, theirs
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_a_checkpoint_goes_to_litgpts_layout_and_back_with_equal_weights(family, tmp_path):
+    source, lit, back = tmp_path / "source", tmp_path / "lit", tmp_path / "back"
+    _, theirs = checkpoint(source, family)
+    assert cli.main(["convert_to_litgpt", str(source)]) == 0
+    lit.mkdir()
+    for name in ("lit_model.pth", "model_config.yaml", "tokenizer.json", "tokenizer_config.json"):
+        (source / name).rename(lit / name)
+    fields = yaml.safe_load((lit / "model_config.yaml").read_text())
+    assert fields["n_embd"] == 32 and "family" not in fields and "tie_embeddings" not in fields
+    assert cli.main(["convert_from_litgpt", str(lit), str(back)]) == 0
+    again = AutoModelForCausalLM.from_pretrained(back)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert (back / "tokenizer.json").is_file()
+
+
+def test_the_dtype_of_litgpts_weights_is_as_asked(tmp_path):
+    checkpoint(tmp_path)
+    assert cli.main(["convert_to_litgpt", str(tmp_path), "--dtype", "bfloat16"]) == 0
+    assert {t.dtype for t in torch.load(tmp_path / "lit_model.pth", weights_only=True).values()} == {torch.bfloat16}
+
+
+def test_wrong_arguments_are_one_line_and_exit_code_2(tmp_path, capsys):
+    checkpoint(tmp_path / "source")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    capsys.readouterr()
+    for argv in (
+        ["convert_to_litgpt", str(tmp_path / "source"), "--dtype", "float99"],
+        ["convert_from_litgpt", str(tmp_path / "source"), str(tmp_path / "full")],
+        ["convert_from_litgpt", str(tmp_path / "nowhere"), str(tmp_path / "out")],
+        ["merge_lora", str(tmp_path / "nowhere")],
+        ["merge_lora", str(tmp_path / "full")],
+    ):
+        assert cli.main(argv) == 2, argv
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def tuned(model):
+    settings = LoRA(r=2, alpha=4, dropout=0.0, key=True, mlp=True)
+    add_lora(model, settings)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            torch.nn.init.normal_(layer.lora_B)
+    options = dict(lora_r=2, lora_alpha=4, lora_dropout=0.0, lora_query=True, lora_key=True, lora_value=True, lora_mlp=True)
+    return model.eval(), options
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("moved", [False, True], ids=["base where it was", "base moved"])
+def test_merging_litgpts_lora_files_makes_a_folder_that_transformers_loads(moved, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "run"
+    model, _ = checkpoint(base)
+    model, options = tuned(model)
+    folder.mkdir()
+    torch.save({"model": {n: t for n, t in model.state_dict().items() if "lora_" in n}}, folder / "lit_model.pth.lora")
+    named = tmp_path / "was here" if moved else base
+    (folder / "hyperparameters.yaml").write_text(yaml.safe_dump(dict(checkpoint_dir=str(named), **options)))
+    more = ["--pretrained_checkpoint_dir", str(base)] if moved else []
+    if moved:
+        assert cli.main(["merge_lora", str(folder)]) == 2, "the base is not where the run left it"
+    assert cli.main(["merge_lora", str(folder), *more]) == 0
+    idx = torch.randint(10, (1, 9))
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(again(idx).logits, model(idx), rtol=0, atol=1e-4)
+    assert (folder / "tokenizer.json").is_file()
+    assert cli.main(["merge_lora", str(folder)]) == 0, "merged already"
+
+
+@torch.no_grad()
+def test_merging_a_peft_adapter_equals_peft(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    ours, theirs = checkpoint(tmp_path / "base")
+    adapted = get_peft_model(theirs, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    argv = ["merge_lora", str(tmp_path / "adapter"), "--pretrained_checkpoint_dir", str(tmp_path / "base"), "--precision", "32-true"]
+    assert cli.main(argv) == 0
+    idx = torch.randint(10, (1, 9))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    from safetensors.torch import load_file
+
+    merged.load_state_dict(load_file(tmp_path / "adapter" / "model.safetensors"), strict=False)
+    torch.testing.assert_close(merged(idx).logits, adapted(idx).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_run_whose_head_was_tuned_is_merged_with_a_head_of_its_own(tmp_path):
+    model, _ = checkpoint(tmp_path, tie_embeddings=True)
+    add_lora(model, LoRA(r=2, dropout=0.0, head=True))
+    torch.nn.init.normal_(model.lm_head.lora_B)
+    idx = torch.randint(10, (1, 9))
+    expected = model.eval()(idx)
+    merge_lora_weights(model)
+    from litgpt.checkpoint import write_checkpoint
+
+    write_checkpoint(tmp_path / "merged", model.state_dict(), model.config, source=tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(idx).logits, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,95 @@
+"""What the machine is said to have."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt import hardware
+from litgpt.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import workers
+
+
+@pytest.fixture
+def fresh():
+    hardware.compute_dtype.cache_clear()
+    yield
+    hardware.compute_dtype.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("claims", "faster", "expected"), [(True, True, torch.bfloat16), (True, False, torch.float32), (False, True, torch.float32)]
+)
+def test_a_cpu_computes_in_bf16_only_if_it_says_so_and_proves_it(fresh, monkeypatch, claims, faster, expected):
+    monkeypatch.setattr(hardware, "_cpu_claims_bf16", lambda: claims)
+    monkeypatch.setattr(hardware, "_bf16_is_faster", lambda: faster)
+    assert hardware.compute_dtype("cpu") == expected
+
+
+def test_the_claim_is_what_torch_sees(monkeypatch):
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert not hardware._cpu_claims_bf16()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert hardware._cpu_claims_bf16()
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not hardware._cpu_claims_bf16(), "these functions are private: torch may drop them"
+
+
+def test_the_claim_on_arm_is_the_kernels(monkeypatch):
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "aarch64")
+    for features, expected in (("fp asimd bf16 i8mm", True), ("fp asimd", False)):
+        monkeypatch.setattr(hardware, "_cpu_fact", lambda key, features=features: features)
+        assert hardware._cpu_claims_bf16() == (expected or sys.platform == "darwin")
+
+
+def test_the_dtype_of_a_precision_is_that_of_its_products(fresh):
+    wanted = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.bfloat16, "16-true": torch.float16}
+    assert {name: hardware.products_dtype(name) for name in wanted} == wanted
+    assert hardware.products_dtype(None) == hardware.compute_dtype()
+    with pytest.raises(UserError, match="Did you mean 'bf16-true'"):
+        hardware.products_dtype("bf16true")
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(1, 1), ("2", 2), ("auto", 1), (-1, 1), ("-1", 1)])
+def test_devices_are_a_number_or_all(devices, expected):
+    assert hardware.parse_devices(devices, "cpu") == expected
+
+
+@pytest.mark.parametrize("devices", [0, -2, "0", "two", 1.5, True, ""])
+def test_wrong_devices_are_one_sentence(devices):
+    with pytest.raises(UserError, match="`devices` is a positive number"):
+        hardware.parse_devices(devices)
+
+
+def test_a_device_that_is_not_here_is_refused():
+    assert hardware.find_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="Did you mean 'cuda'"):
+        hardware.find_device("cud")
+    if not torch.accelerator.is_available():
+        assert hardware.find_device() == torch.device("cpu")
+        with pytest.raises(UserError, match="'cuda' is not on this machine"):
+            hardware.find_device("cuda")
+
+
+def test_the_machine_has_a_name_instructions_and_memory():
+    assert hardware.device_name(torch.device("cpu")) and isinstance(hardware.instruction_sets(), str)
+    assert 0.1 < hardware.device_memory_gb(torch.device("cpu")) < 1e5
+
+
+def test_the_peak_of_memory_grows_with_what_is_held():
+    (grown,) = workers.run_ranks("memory_of", n_bytes=400_000_000)
+    assert 0.39 < grown < 0.45
+
+
+def test_training_fits_if_weights_gradients_and_averages_do(monkeypatch):
+    monkeypatch.setattr(hardware, "device_memory_gb", lambda device: 10.0)
+    cpu = torch.device("cpu")
+    assert hardware.training_fits(490_000_000, 0, cpu) and not hardware.training_fits(510_000_000, 0, cpu)  # 16 bytes each, of 8 GB
+    assert hardware.training_fits(1_000_000, 3_900_000_000, cpu, frozen_bytes=2)
+    assert not hardware.training_fits(490_000_000, 0, cpu, n_sharing=2)
