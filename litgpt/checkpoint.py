@@ -94,8 +94,7 @@ def read_weights(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     elif (file := folder / names.LIT_WEIGHTS).is_file():
         yield from _modern(_unwrapped(_load_pickle(file)), config)
     elif (folder / names.RUN_STATE / names.STATE).is_file():
-        for file in sorted((folder / names.RUN_STATE).glob("*.safetensors")):
-            yield from ((name, tensor) for name, tensor in _read_file(file) if "/" not in name)
+        yield from _read_step(folder)
     else:
         raise MissingFile(f"{folder} holds no weights: neither *.safetensors nor *.bin nor {names.LIT_WEIGHTS}.")
 
@@ -111,11 +110,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def read_raw(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of a folder under the names they are stored by."""
-    files = hf_weight_files(folder) or sorted((folder / names.RUN_STATE).glob("*.safetensors"))
-    if files:
+    if files := hf_weight_files(folder):
         yield from (pair for file in files for pair in _read_file(file))
     elif (folder / names.LIT_WEIGHTS).is_file():
         yield from _unwrapped(_load_pickle(folder / names.LIT_WEIGHTS)).items()
+    elif (folder / names.RUN_STATE / names.STATE).is_file():
+        yield from _read_step(folder)
     else:
         raise MissingFile(f"{folder} holds no weights: neither *.safetensors nor *.bin nor {names.LIT_WEIGHTS}.")
 
@@ -149,10 +149,38 @@ def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix != ".safetensors":
         yield from _unwrapped(_load_pickle(file)).items()
         return
+    with _opened(file) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            yield name, opened.get_tensor(name)
+
+
+def _read_step(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a step of a run. Ranks that had shared them out wrote slices, which are put together."""
+    slices: dict[str, list[tuple[Path, list[int], list[int]]]] = {}
+    for file in sorted((folder / names.RUN_STATE).glob("*.safetensors")):
+        with _opened(file) as opened:
+            places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+            for name in opened.keys():  # noqa: SIM118
+                if "/" not in name:  # what the optimizer and the generators remember has one
+                    slices.setdefault(name, []).append((file, places[name]["saved_offsets"], opened.get_slice(name).get_shape()))
+    for name, parts in slices.items():
+        tensors = []
+        for file, _, _ in parts:
+            with _opened(file) as opened:
+                tensors.append(opened.get_tensor(name))
+        ends = [[offset + size for offset, size in zip(offsets, shape, strict=True)] for _, offsets, shape in parts]
+        whole = tensors[0] if len(parts) == 1 else tensors[0].new_empty([max(sizes) for sizes in zip(*ends, strict=True)])
+        for (_, offsets, _), end, tensor in zip(parts, ends, tensors, strict=True) if len(parts) > 1 else ():
+            whole[tuple(slice(a, b) for a, b in zip(offsets, end, strict=True))] = tensor
+        yield name, whole
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file; one that is damaged is a UserError."""
     try:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
+            yield opened
     except SafetensorError as error:
         raise UserError(f"{file} is damaged or cut off ({error}). Delete it and download it again.") from None
 

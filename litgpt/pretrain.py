@@ -109,11 +109,11 @@ def setup(
     cast_parameters(model, precision)
     size = described(model, precision)
     model = fabric.setup_module(model.train())
-    optimizer_ = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
+    torch_optimizer = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
 
     side_files = partial(write_side_files, origin=origin, dtype=dtype, hyperparameters=hyperparameters)
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples), "tokens of a sample": length}
-    with Run(fabric, model, optimizer_, out_dir, train, optimizer.lr, limits, same, side_files) as run:
+    with Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files) as run:
         batch = f"{train.global_batch_size:,} of {len(samples):,} samples of {length:,} tokens in a step"
         run.progress.say(f"Pretraining {origin.config.name}: {size}, {batch}.")
         run.begin(resumed, hyperparameters)

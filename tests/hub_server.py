@@ -9,6 +9,8 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
+INVALID = "Invalid credentials in Authorization header"
+
 
 class HubServer:
     """Serves `ORG/NAME` folders. Use it as a context manager, with `HF_ENDPOINT` set to its `url`.
@@ -18,6 +20,9 @@ class HubServer:
         requests: What was asked for: (method, path, the `Range` header or None).
         cut_after: Break the connection after this many bytes of a file that is longer; None serves files whole. May be changed at any time.
         cuts: How often to do that, from now on.
+        ranges: Whether parts of files are served.
+        failures: How many of the next requests for files are answered with status 503.
+        refused: Access tokens that the hub does not know.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class HubServer:
             cuts: See the attribute.
         """
         self.folder, self.cut_after, self.cuts = folder, cut_after, cuts
+        self.ranges, self.failures, self.refused = True, 0, {"refused"}
         self.tokens = {name: [allowed] if isinstance(allowed, str) else list(allowed) for name, allowed in (tokens or {}).items()}
         self.requests: list[tuple[str, str, str | None]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -71,7 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+        if self._token() in self.hub.refused:
+            self._json({"error": INVALID}, 401, {"X-Error-Message": INVALID})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             self._info(match[1])
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+/?", path):
             self._tree(match[1])
@@ -105,7 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, repo_id: str, name: str) -> None:
         files = self._files(repo_id)
-        if files is None:
+        if self.hub.failures > 0:
+            self.hub.failures -= 1
+            self._refuse(503, "", "Service Unavailable")
+        elif files is None:
             self._refuse(404 if self._token() else 401, "RepoNotFound", "Repository not found")
         elif repo_id in self.hub.tokens and self._token() not in self.hub.tokens[repo_id]:
             self._refuse(403 if self._token() else 401, "GatedRepo", f"Access to model {repo_id} is restricted.")
@@ -115,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._contents(repo_id, (self.hub.folder / repo_id / name).read_bytes())
 
     def _contents(self, repo_id: str, contents: bytes) -> None:
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "") if self.hub.ranges else None
         start = int(span[1]) if span else 0
         body = contents[start : int(span[2]) + 1 if span and span[2] else None]
         self.send_response(206 if span else 200)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from litgpt.checkpoint import atomic_folder, load_model, stored_dtype, write_checkpoint, write_shards
+from litgpt.checkpoint import atomic_folder, load_model, stored_dtype, write_checkpoint, write_config, write_shards
 from litgpt.errors import MissingFile, UserError
 from litgpt.families import FAMILIES
 from litgpt.lora import LoRA, LoRALinear, add_lora
@@ -151,6 +151,25 @@ def test_damaged_folders_are_refused_in_one_sentence(tmp_path):
             load_model(folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
         assert isinstance(caught.value, MissingFile) == (case == "missing")
+
+
+def test_a_step_whose_weights_lie_in_slices_is_read_whole(tmp_path):
+    """As two ranks with FSDP2 write it: rows shared out, the optimizer's memory beside them."""
+    model = GPT(tiny_config(FAMILIES["llama"]))
+    (tmp_path / "run_state").mkdir()
+    (tmp_path / "run_state" / "state.json").write_text("{}")
+    write_config(tmp_path, model.config, None, torch.float32)
+    for rank in (0, 1):
+        parts, places = {}, {}
+        for name, tensor in model.state_dict().items():
+            half = (len(tensor) + 1) // 2
+            parts[name] = (tensor[:half] if rank == 0 else tensor[half:]).contiguous()
+            parts[f"optimizer/{name}/exp_avg"] = parts[name].clone()
+            for key in (name, f"optimizer/{name}/exp_avg"):
+                places[key] = {"saved_offsets": [half * rank] + [0] * (tensor.ndim - 1)}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(places)}
+        save_file(parts, tmp_path / "run_state" / f"shard-{rank:05d}.safetensors", metadata=metadata)
+    same(load_model(tmp_path).state_dict(), model.state_dict())
 
 
 class Runs:

@@ -277,8 +277,8 @@ MODULES = {
     "litgpt.args": "TrainArgs EvalArgs LogArgs",
     "litgpt.prompts": "PromptStyle prompt_styles model_name_to_prompt_style save_prompt_style load_prompt_style has_prompt_style "
     "Alpaca FLAN Longform StableLMAlpha StableLMZephyr Falcon Falcon3 Llama2FunctionCalling Llama2 FreeWilly2 Platypus StableCode "
-    "CodeLlama Phi1 Phi2 Phi3 Phi4 Phi4Reasoning Phi4Mini Phi4MiniReasoning TinyLlama Gemma Llama3 OLMo ChatML Qwen2_5 Qwen2_5_Math QwQ Qwen3 "
-    "SmolLM2 Salamandra R1Base Default",
+    "CodeLlama Phi1 Phi2 Phi3 Phi4 Phi4Reasoning Phi4Mini Phi4MiniReasoning TinyLlama Gemma Llama3 OLMo ChatML Qwen2_5 Qwen2_5_Math "
+    "QwQ Qwen3 SmolLM2 Salamandra R1Base Default",
     "litgpt.tokenizer": "Tokenizer",
     "litgpt.api": "LLM Preprocessor calculate_number_of_devices benchmark_dict_to_markdown_table pull_request_benchmark_util",
     # the functions behind the commands, at their module paths
@@ -470,7 +470,7 @@ NOT_KEPT = {
     "litgpt.config.check_indicator_and_length": "Config checks its own fields when it is made",
     "litgpt.generate.base.next_token": "generate.decode has the one loop, over rows with a cache",
     "litgpt.generate.base.batched_next_token": "generate.decode has the one loop, over rows with a cache",
-    "litgpt.generate.base.batched_sample": "`sample` takes one row or many",
+    "litgpt.generate.base.batched_sample": "generate.decode.sample draws for many rows at once",
     "litgpt.prompts.model_name_to_prompt_style": "no code looks for a substring in a model's name: find_prompt_style asks the checkpoint",
     "litgpt.api.pull_request_benchmark_util": "benchmarks/ has the scripts that measure",
     "litgpt.api.LLM.fabric": "one device needs no Fabric, and in training the caller's applies",

@@ -130,12 +130,12 @@ def finetune(
     cast_parameters(model, precision)
     size = described(model, precision)
     model = fabric.setup_module(model.train())
-    optimizer_ = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
+    torch_optimizer = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
 
     extras = partial(write_extras, hyperparameters=hyperparameters, style=getattr(samples, "prompt_style", None))
     side_files = partial(write_side_files, base=base, extras=extras)
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples)}
-    run = Run(fabric, model, optimizer_, out_dir, train, optimizer.lr, limits, same, side_files)
+    run = Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files)
     with run:
         run.progress.say(f"Finetuning {base.config.name} with {method.name}: {size}, {len(samples):,} samples.")
         run.begin(resumed, hyperparameters)

@@ -1,8 +1,9 @@
-"""Training runs that are killed as if by `kill -9`, in processes forked from a server that has imported all they need."""
+"""Training runs in other processes, forked from a server that has imported all they need: runs on several ranks, and runs that are killed."""
 
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -10,31 +11,54 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def run_and_kill(module: str, at_step: int, *args: Any, **kwargs: Any) -> int:
-    """Call `module.setup` in a process that is killed within step `at_step`; return its exit code, -9 if all went as planned."""
-    folder = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join({folder, str(Path(folder).parent), *filter(None, [os.environ.get("PYTHONPATH")])})
+
+def run_and_kill(module: str, at_step: int, *args: Any, **options: Any) -> int:
+    """Call `module.setup` in a process that is killed, as if by `kill -9`, within step `at_step`; return its exit code."""
+    return _exit_codes(_start(module, at_step, {}, args, options))[0]
+
+
+def run_on_ranks(module: str, world: int, *args: Any, **options: Any) -> list[int]:
+    """Call `module.setup` on so many ranks of this machine; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=world, NODE_RANK=0, GLOO_SOCKET_IFNAME="lo")
+    ranks = [_start(module, 0, shared | dict(LOCAL_RANK=rank), args, options | dict(devices=world)) for rank in range(world)]
+    return _exit_codes(*ranks)
+
+
+def _start(module: str, kill_at: int, environment: dict[str, Any], args: tuple, options: dict[str, Any]) -> Any:
+    folder = Path(__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run_and_kill", "workers", "litgpt.finetune.lora", "litgpt.pretrain"])
-    process = context.Process(target=_run, args=(module, at_step, args, kwargs), daemon=True)
+    context.set_forkserver_preload(["finetune.run_and_kill", "workers", "litgpt.finetune.lora", "litgpt.pretrain"])
+    process = context.Process(target=_run, args=(module, kill_at, environment, args, options), daemon=True)
     process.start()
-    process.join(60)
-    return process.exitcode
+    return process
 
 
-def _run(module: str, at_step: int, args: tuple, kwargs: dict[str, Any]) -> None:
-    import torch
+def _exit_codes(*processes: Any) -> list[int]:
+    for process in processes:
+        process.join(60)
+        process.kill()
+    return [process.exitcode for process in processes]
 
+
+def _run(module: str, kill_at: int, environment: dict[str, Any], args: tuple, options: dict[str, Any]) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     script = import_module("litgpt.pretrain" if module == "litgpt.pretrain" else "litgpt.finetune.loop")
-    script.forward_backward = at_call(at_step, script.forward_backward, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    import_module(module).setup(*args, **kwargs)
+    script.forward_backward = at_call(kill_at, script.forward_backward, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    import_module(module).setup(*args, **options)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def at_call(n: int, function: Callable, act: Callable[[], Any]) -> Callable:
-    """Return the function, which does something more in its n-th call, after its own work."""
+    """Return the function, which does something more at the end of its n-th call."""
     calls = 0
 
     @wraps(function)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune.run_and_kill import at_call, run_and_kill
+from finetune.run_and_kill import at_call, run_and_kill, run_on_ranks
 from peft import PeftModel
 from safetensors.torch import load_file
 from speaking import make_checkpoint
@@ -156,6 +156,18 @@ def test_how_a_batch_is_cut_up_changes_nothing(run):
         losses = [torch.tensor(list(logged(runs[i], "loss").values())) for i in (1, size)]
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
         torch.testing.assert_close(logits_of(runs[1] / "final"), logits_of(runs[size] / "final"), rtol=0, atol=1e-3)
+
+
+def test_two_ranks_learn_the_same_as_one(run, base: Path, samples: Path, tmp_path: Path):
+    train, eval = dict(epochs=1, save_interval=3), dict(interval=2, max_new_tokens=3)
+    alone = run(out_dir="alone", train=train, eval=eval, lora_dropout=0.0)
+    both = tmp_path / "both"
+    options = arguments(samples, both, train, eval, 1e-2) | dict(lora_dropout=0.0)
+    assert run_on_ranks("litgpt.finetune.lora", 2, base, **options) == [0, 0]
+    for column in ("loss", "grad_norm", "val_loss", "total_tokens"):
+        one, two = (logged(folder, column) for folder in (alone, both))
+        assert one.keys() == two.keys() and list(two.values()) == pytest.approx(list(one.values()), rel=1e-4), column
+    torch.testing.assert_close(logits_of(both / "final"), logits_of(alone / "final"), rtol=0, atol=1e-3)
 
 
 def test_the_first_loss_and_the_validation_loss_are_means_over_the_answers_tokens(run, base: Path, samples: Path):
