@@ -368,12 +368,12 @@ def explained(message: str, options: Options) -> str:
 
 def wanted(block: str, value: str, name: str) -> str:
     """Return the sentence's second half: what may stand there, and what stood there."""
-    problem = re.search(r"given class_path '[^']+':\s*(.*)", block)
-    if problem or "import path" in block or "subclass of" in block:
+    chosen = re.search(r"given class_path '([^']+)':\s*(.*)", block)
+    if chosen or "import path" in block or "subclass of" in block:
+        value, because = (chosen[1], f" ({chosen[2]})") if chosen else (value, "")
         known = data_names() if name == "data" else []
         listed = f"one of {', '.join(known)}, or " if known else ""
-        because = f" ({problem[1]})" if problem else ""
-        return f"must be {listed}the import path of a class, but got {value!r}{because}." + did_you_mean(value, known)
+        return f"must be {listed}the import path of a class, but got {value!r}{because}." + did_you_mean(value.rpartition(".")[2], known)
     kinds, choices = [], []
     for kind in re.findall(r"Expected an? (.+?)\.?\s*$", block, re.MULTILINE):
         kind = re.sub(r"^<class '(?:\w+\.)*(\w+)'>$", r"\1", kind)

@@ -66,7 +66,7 @@ class Repository:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / COMMIT).write_text(self.revision)
             target, partial = folder / file, folder / (file + names.PARTIAL)
-            if target.exists():
+            if target.exists() and _size(target) == self.sizes[file]:
                 return target
             try:
                 with progress(file, self.sizes[file], _size(partial)) as advance:
@@ -89,7 +89,8 @@ class Repository:
                 idle = 0 if _size(partial) > before else idle + 1
                 if refused or local or idle > len(PAUSES):
                     raise
-                time.sleep(PAUSES[max(0, idle - 1)])
+                if idle:
+                    time.sleep(PAUSES[idle - 1])
 
     def _append(self, file: str, partial: Path, advance: Callable[[int], None]) -> None:
         start = _size(partial)
@@ -138,23 +139,18 @@ class Repository:
         raise MissingFile(f"{self.id} on the hub holds no weights that can be read: neither *.safetensors nor *.bin.")
 
     def _indexed(self, index: Path) -> list[str]:
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise UserError(f"The index of weights {index.name} in {self.id} is damaged.") from None
+        files = indexed(index)
         if unknown := [name for name in files if name not in self.sizes]:
             raise MissingFile(f"{index.name} in {self.id} names {unknown[0]!r}, which is not on the hub.")
         return files
 
 
-OTHER_WEIGHTS = (
-    "consolidated",
-    "training_args",
-    "adapter_",
-    "optimizer",
-    "scheduler",
-    "rng_state",
-)  # not the model in Hugging Face's layout
+def indexed(index: Path) -> list[str]:
+    """Return the names of the files that an index of weights lists."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index} is damaged. Delete it and download it again.") from None
 
 
 def endpoint() -> str | None:
@@ -212,7 +208,8 @@ def clear_errors(repo_id: str, token: str | None, action: str, unreachable: type
             raise
         if isinstance(error, OSError) and (message := disk_error(error)):
             raise UserError(f"{action} failed: {message}") from None
-        raise unreachable(f"{action} failed: the connection broke or was refused ({_root(error)}). {RUN_AGAIN}") from None
+        way = "Check the network." if unreachable is NotOnHub else RUN_AGAIN
+        raise unreachable(f"{action} failed: the connection broke or was refused ({_root(error)}). {way}") from None
 
 
 def disk_error(error: OSError) -> str | None:

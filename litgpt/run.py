@@ -144,6 +144,7 @@ class Run:
         self.meter = Meter(limits.max_steps)
         self.progress = ProgressLine(limits.max_steps, shown=fabric.is_global_zero)
         self.stop = StopRequest()
+        self.validated: int | None = None  # the last step after which all samples were
 
     def __enter__(self) -> Self:
         self.stop.__enter__()
@@ -211,9 +212,11 @@ class Run:
         self.fabric.log_dict(values, self.step)
 
     def validate(self, samples: Sequence[Sample], eval: EvalArgs | None = None) -> None:
-        """Show and log the mean loss of a token over samples, or over as many of them as `eval.max_iters` allows."""
-        if not len(samples):
+        """Show and log the mean loss of a token over samples, or over as many as `eval.max_iters` allows; nothing if that was just done."""
+        sees_all = eval is None or len(samples) <= eval.max_iters * self.train.micro_batch_size
+        if not len(samples) or (sees_all and self.validated == self.step):
             return
+        self.validated = self.step if sees_all else None
         with self.meter.paused():
             val_loss = validate(self.fabric, self.model, validation_microbatches(self.fabric, samples, self.train, eval))
             values = validation_values(val_loss)

@@ -335,6 +335,46 @@ def test_both_generations_of_litgpt_recipes_work(recipe, text):
         assert isinstance(got["data"], Alpaca) and got["train"].epochs == 5
 
 
+NULLS = """
+  epochs: null
+  max_tokens: 1000000
+  max_steps: null
+  max_seq_length: null
+  tie_embeddings: null
+"""
+
+
+@pytest.mark.parametrize(
+    "command, text",
+    [
+        ("finetune_lora", f"lora_r: 32\nlora_dropout: 0.05\nlora_query: true\nlora_head: false\n{RECIPE_0_5}"),
+        ("finetune", f"quantize: bnb.nf4\nlora_mlp: false\n{RECIPE_2024.rstrip()}{NULLS.replace('epochs: null', 'epochs: 4')}"),
+        ("finetune_full", RECIPE_0_5.replace("quantize: null\n", "").replace("lora_alpha: 32\nlora_key: true\n", "")),
+        (
+            "pretrain",
+            f"model_name: pythia-14m\nmodel_config: null\ninitial_checkpoint_dir: null\nresume: false\ndata: Alpaca\ntrain:{NULLS}",
+        ),
+        (
+            "pretrain",
+            "model_name: pythia-14m\ndevices: auto\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 6e-4}}",
+        ),
+    ],
+)
+def test_recipes_of_litgpt_are_read_by_their_commands(recipe, capsys, command, text):
+    file = recipe(text)
+    assert cli.main([command, "--config", file, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert cli.main([command, "--config", recipe(printed, "printed.yaml"), "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+    printed, given = yaml.safe_load(printed), yaml.safe_load(text)
+    for group in [given, given.get("train") or {}]:
+        for key, value in group.items():
+            if not isinstance(value, dict) and key not in ("learning_rate", "weight_decay", "beta1", "beta2", "data", "min_lr"):
+                assert (printed if group is given else printed["train"])[key] == value, key
+    if "6e-4" in text:
+        assert printed["optimizer"]["lr"] == 6e-4
+
+
 @pytest.mark.parametrize(
     "words, expected",
     [
@@ -495,6 +535,9 @@ def test_a_misspelt_data_set_names_the_known_ones():
     assert message.startswith("`--data` must be one of Alpaca, ") and message.endswith("but got 'JSONL'. Did you mean 'JSON'?")
     assert "SFTDataset" not in message
     assert "(No module named 'nowhere')" in mistake("m", "--data", "nowhere.Data")
+    in_recipe = mistake("m", "--data", '{"class_path": "litgpt.data.Alpca", "init_args": {"seed": 1}}')
+    assert "but got 'litgpt.data.Alpca' (module 'litgpt.data' has no attribute 'Alpca')" in in_recipe
+    assert in_recipe.endswith("Did you mean 'Alpaca'?")
     assert "Choose one with `--data NAME`: Alpaca" in mistake("m", "--data.json_path", "f.json")
 
 

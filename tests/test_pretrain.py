@@ -102,7 +102,7 @@ def test_the_commands_of_the_readme_run_as_written_and_learn(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "custom_texts").symlink_to(texts)
     make_tokenizer(tmp_path / "checkpoints" / "EleutherAI" / "pythia-160m", template=None)
-    assert cli.main([*COMMAND.split(), "--train.max_tokens", "30_000", "--train.log_interval", "100"]) == 0
+    assert cli.main([*COMMAND.split(), "--train.max_tokens", "20_000", "--train.log_interval", "100"]) == 0
     final = tmp_path / "out" / "custom-model" / "final"
     first = last_validation(capsys.readouterr().out)
     assert first < 0.5 * math.log(300)
@@ -112,7 +112,7 @@ def test_the_commands_of_the_readme_run_as_written_and_learn(
 
     (tmp_path / "checkpoints" / "EleutherAI" / "pythia-160m").rename(tmp_path / "tokenizer")
     final.rename(tmp_path / "checkpoints" / "EleutherAI" / "pythia-160m")
-    words = [*COMMAND.split(), "--initial_checkpoint_dir", "EleutherAI/pythia-160m", "--train.max_tokens", "20_000"]
+    words = [*COMMAND.split(), "--initial_checkpoint_dir", "EleutherAI/pythia-160m", "--train.max_tokens", "8_000"]
     assert cli.main([*words, "--eval.initial_validation", "true", "--train.log_interval", "100", "--overwrite", "true"]) == 0
     out = capsys.readouterr().out
     assert f"step 0 | val loss {first:.3f}" in out

@@ -81,8 +81,9 @@ def _encode(style: PromptStyle, tokenizer: Tokenizer, pieces: Sequence[Iterable]
         if new[: len(ids) - done] != ids[done:]:
             done, called_from = len(ids), previous
             new, spans = tokenizer.offsets(text[called_from:end], inside=True)
+        known = len(ids) - done  # byte tokens may claim characters of their neighbours, but none on the other side of a prompt's end
         ids[done:] = new
-        last_characters[done:] = [called_from + max(stop - 1, 0) for _, stop in spans]
+        last_characters += [min(max(called_from + stop - 1, previous), end - 1) for _, stop in spans[known:]]
     trained = [pieces[min(bisect_right(ends, last), len(pieces) - 1)].trained for last in last_characters]
     if style.adds_bos and tokenizer.use_bos:
         begun = tokenizer.begin(ids)

@@ -1,27 +1,40 @@
 """Write the weights of a checkpoint directory in another type."""
 
 import json
+import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from litgpt import names
-from litgpt.checkpoint import DTYPES, hf_weight_files, read_json, read_raw, write_shards
+from litgpt.checkpoint import DTYPES, disk_error, hf_weight_files, read_json, read_raw, write_shards
+from litgpt.errors import UserError
 
 
 def cast_weights(folder: Path, dtype: str) -> None:
     """Replace the weight files of a folder by safetensors of another type, and say so in its `config.json`.
 
-    The folder should be one that is still being made: an interruption leaves it incomplete.
+    The folder should be one that is still being made: an interruption while files are replaced leaves it incomplete.
 
     Args:
-        folder: Holds Hugging Face's weights, one of whose files at least is in memory at a time.
+        folder: Holds Hugging Face's weights.
         dtype: bfloat16, float16 or float32.
+
+    Raises:
+        UserError: The disk is full. The folder is as it was.
     """
-    stale = [*hf_weight_files(folder), folder / names.SAFETENSORS_INDEX, folder / names.BIN_INDEX]
     written = folder / f"cast{names.PARTIAL}"
+    shutil.rmtree(written, ignore_errors=True)
     written.mkdir()
     stream = ((name, tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor) for name, tensor in read_raw(folder))
-    write_shards(written, ((name, tensor.contiguous()) for name, tensor in stream))
-    for file in stale:
+    try:
+        write_shards(written, ((name, tensor.contiguous()) for name, tensor in stream))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(written)
+        if message := disk_error(error):
+            raise UserError(f"The weights could not be stored as {dtype}: {message}") from error
+        raise
+    for file in (*hf_weight_files(folder), folder / names.SAFETENSORS_INDEX, folder / names.BIN_INDEX):
         file.unlink(missing_ok=True)
     for file in written.iterdir():
         file.rename(folder / file.name)

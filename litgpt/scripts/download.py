@@ -187,7 +187,7 @@ def missing_part(folder: Path, config: bool = True, weights: bool = True, tokeni
         return f"{names.CONFIG} (or LitGPT's {names.LIT_CONFIG})"
     if weights:
         for index in filter(Path.is_file, (folder / names.SAFETENSORS_INDEX, folder / names.BIN_INDEX)):
-            lost = [file for file in _weight_map(index) if not has(file)]
+            lost = [file for file in hub.indexed(index) if not has(file)]
             return f"{lost[0]}, which {index.name} names" if lost else missing_part(folder, False, False, tokenizer)
         own = (names.LIT_WEIGHTS, names.LIT_LORA, f"{names.RUN_STATE}/{names.STATE}")
         if not has(*own) and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -233,13 +233,6 @@ def _safetensors_end(file: Path) -> int | None:
             return 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return None
-
-
-def _weight_map(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index} is damaged. Delete it and download it again.") from None
 
 
 # Where folders come from
@@ -293,7 +286,6 @@ def _collect(repository: hub.Repository, partial: Path, tokenizer_only: bool) ->
         for name in weight_files:
             repository.fetch(name, partial)
         _check_collected(repository, partial, lambda: check_files(partial), weights=True)
-    (partial / hub.COMMIT).unlink()
 
 
 def _check_collected(repository: hub.Repository, partial: Path, check: Callable[[], object], **parts: bool) -> None:
@@ -309,6 +301,7 @@ def _check_collected(repository: hub.Repository, partial: Path, check: Callable[
 
 def _publish(partial: Path, target: Path) -> None:
     """Give the collected files their place; a folder that held a part of them already keeps its others."""
+    (partial / hub.COMMIT).unlink()
     if not target.exists():
         partial.rename(target)
         return

@@ -1,4 +1,4 @@
-"""Training runs in other processes, forked from a server that has imported all they need: runs on several ranks, and runs that are killed."""
+"""Training runs in other processes, forked from a server that has imported all they need: on several ranks, or killed."""
 
 import multiprocessing
 import os

