@@ -22,7 +22,7 @@ from litgpt.generate.run import check_quantize, stop_tokens
 from litgpt.hardware import compute_dtype, find_device, parse_devices, peak_memory_gb, products_dtype
 from litgpt.loss import IGNORED
 from litgpt.model import GPT
-from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, save_prompt_style
+from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, save_prompt_style, save_stop_tokens
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 
@@ -304,6 +304,7 @@ class LLM(nn.Module):
                     (folder / name).unlink(missing_ok=True)
                 copy_side_files(self.tokenizer_dir, folder)
             save_prompt_style(style, folder)
+            save_stop_tokens(style, self.tokenizer, folder)
             if isinstance(style, ChatTemplate):
                 (folder / names.CHAT_TEMPLATE).write_text(style.template, encoding="utf-8")
 

@@ -15,8 +15,8 @@ class TrainArgs:
     """How many steps lie between two saved checkpoints; null saves none but the last."""
     log_interval: int = 1
     """How many steps lie between two log lines."""
-    global_batch_size: int = 64
-    """How many samples one step sees, over all devices."""
+    global_batch_size: int | None = 64
+    """How many samples one step sees, over all devices. Where null is allowed (pretraining), it follows from the amount of data."""
     micro_batch_size: int = 4
     """How many samples one forward pass sees on each device. It changes memory and speed, never the result."""
     lr_warmup_steps: int | None = None
@@ -89,8 +89,8 @@ class OptimizerArgs:
 
     name: str = "AdamW"
     """The name of a class in `torch.optim`, or an import path."""
-    lr: float = 2e-4
-    """The peak learning rate."""
+    lr: float | None = 2e-4
+    """The peak learning rate. Where null is allowed (pretraining), it follows from the size of the model."""
     weight_decay: float = 0.0
     """How strongly weights are pulled to zero."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -1,6 +1,5 @@
 """Read and write checkpoint directories: Hugging Face's layout, LitGPT's, and the steps of our own runs."""
 
-import errno
 import json
 import os
 import re
@@ -16,17 +15,18 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from litgpt import names
 from litgpt.config import Config
-from litgpt.errors import MissingFile, UserError
+from litgpt.errors import MissingFile, UserError, disk_error
 from litgpt.lora import LoRA, LoRALinear, add_lora, lora_filter, merge_lora_weights
 from litgpt.model import GPT
 from litgpt.translate import adapter_to_peft, add_updates, dequantized, peft_updates, translate
 from litgpt.weights import interleaved_qkv
 
 MAX_SHARD_BYTES = 5_000_000_000
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
 
 
 # Reading
@@ -67,7 +67,7 @@ def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class
         where: Where they come from, for error messages.
         model_class: Makes the model of its config.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInitialisation():
         model = model_class(config)
     expected = model.state_dict()
     if config.tie_embeddings:
@@ -84,6 +84,15 @@ def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     return model.eval()
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Draw no first weights. On the meta device that would be for nothing, and import torch's compiler, which takes seconds."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def read_weights(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -365,20 +374,6 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if message := disk_error(error):
             raise UserError(f"{path} could not be written: {message}") from error
         raise
-
-
-def disk_error(error: BaseException) -> str | None:
-    """Return a sentence for an error of the disk, or None for any other."""
-    number = error.errno if isinstance(error, OSError) and not isinstance(error, UserError) else None
-    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
-        number = int(match[1])  # its own writer puts the number into the text
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full. Free some space, or choose a folder on another disk."
-    if number == errno.EFBIG:
-        return "the file would grow beyond what the system allows. Choose a folder on another disk."
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "writing is not allowed there. Choose another folder."
-    return None
 
 
 def sync(*paths: Path) -> None:

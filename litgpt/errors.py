@@ -1,5 +1,7 @@
 """The two exceptions for users' mistakes, and how to name what was meant."""
 
+import errno
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
@@ -14,6 +16,24 @@ class MissingFile(UserError, FileNotFoundError):
     """A file or folder that the user named, or that has to be there, is not."""
 
     __str__ = ValueError.__str__  # not OSError's, which wants an errno
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Return a sentence for an error of the disk, or None for any other.
+
+    Args:
+        error: What was raised by the system, or by the writer of safetensors, which puts the system's number into its text.
+    """
+    number = error.errno if isinstance(error, OSError) and not isinstance(error, UserError) else None
+    if type(error).__name__ == "SafetensorError" and (match := re.search(r"os error (\d+)", str(error))):
+        number = int(match[1])
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full. Free some space, or choose a folder on another disk."
+    if number == errno.EFBIG:
+        return "the file would grow beyond what the system allows. Choose a folder on another disk."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "writing is not allowed there. Choose another folder."
+    return None
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """Talk to the Hugging Face hub: what a repository holds, which files to take, downloads that go on where they stopped, clear errors."""
 
-import errno
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from litgpt import names
-from litgpt.errors import MissingFile, UserError
+from litgpt.errors import MissingFile, UserError, disk_error
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 OTHER_WEIGHTS = (
@@ -210,17 +209,6 @@ def clear_errors(repo_id: str, token: str | None, action: str, unreachable: type
             raise UserError(f"{action} failed: {message}") from None
         way = "Check the network." if unreachable is NotOnHub else RUN_AGAIN
         raise unreachable(f"{action} failed: the connection broke or was refused ({_root(error)}). {way}") from None
-
-
-def disk_error(error: OSError) -> str | None:
-    """Return a sentence for an error of the disk, or None for any other."""
-    if isinstance(error, UserError):
-        return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full. Free some space, or choose a folder on another disk."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "writing is not allowed there. Choose another folder."
-    return None
 
 
 def _root(error: BaseException) -> str:

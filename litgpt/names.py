@@ -38,4 +38,6 @@ RUN_STATE = "run_state"
 STATE = "state.json"
 PARTIAL = ".tmp"  # ends the name of what is still being written
 
+DTYPES = ("bfloat16", "float16", "float32")  # what `--dtype` may say of weights
+
 TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, VOCAB, MERGES, CHAT_TEMPLATE)

@@ -84,9 +84,9 @@ def _optimizer_class(name: str) -> type[Optimizer]:
 # The learning rate
 
 
-def check_schedule(train: TrainArgs, lr: float) -> None:
+def check_schedule(train: TrainArgs, lr: float | None) -> None:
     """Raise a UserError if the options of the schedule contradict each other or lie outside their range."""
-    if lr <= 0:
+    if lr is None or lr <= 0:
         raise UserError(f"`optimizer.lr` is a positive number, but got {lr}.")
     if train.lr_warmup_steps is not None and train.lr_warmup_fraction is not None:
         raise UserError("`train.lr_warmup_steps` and `train.lr_warmup_fraction` say the same in two ways. Give one of them.")

@@ -188,7 +188,7 @@ def find_origin(
     model_name: str, model_config: Config | None, initial_checkpoint_dir: Path | None, tokenizer_dir: Path | None, train: TrainArgs
 ) -> Origin:
     """Return what the options say that a run begins with."""
-    folder = find_checkpoint(initial_checkpoint_dir) if initial_checkpoint_dir is not None else None
+    folder = find_checkpoint(initial_checkpoint_dir, needs_tokenizer=tokenizer_dir is None) if initial_checkpoint_dir is not None else None
     if folder is not None:
         config = Config.from_checkpoint(folder)
         if train.tie_embeddings not in (None, config.tie_embeddings):

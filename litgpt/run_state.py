@@ -33,8 +33,8 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from litgpt import names
-from litgpt.checkpoint import disk_error, sync
-from litgpt.errors import MissingFile, UserError
+from litgpt.checkpoint import sync
+from litgpt.errors import MissingFile, UserError, disk_error
 from litgpt.hardware import device_name, instruction_sets
 from litgpt.optim import FirstNonFinite
 

@@ -193,7 +193,7 @@ def test_help_shows_every_flag_with_its_text(capsys):
         "--train.epochs EPOCHS How often to go through the data. (type: int | null, default: 5)",
         "Literal['bf16-true', 'bf16-mixed', '32-true']",
         "checkpoint_dir The model to start from. (required, type: Path)",
-        "--optimizer.lr LR The peak learning rate. (type: float, default: 0.0002)",
+        "--optimizer.lr LR The peak learning rate. Where null is allowed (pretraining), it follows from the size of the model. (type: float | null, default: 0.0002)",
         "litgpt.data.JSON",
     ]:
         assert part in text, part
@@ -501,7 +501,7 @@ def test_what_a_constructor_raises_stays_what_it_is():
             "m --train.lr_schedule cosin",
             "`--train.lr_schedule` must be 'cosine', 'linear', 'constant', but got 'cosin'. Did you mean 'cosine'?",
         ),
-        ("m --optimizer.lr abc", "`--optimizer.lr` must be a number, but got 'abc'."),
+        ("m --optimizer.lr abc", "`--optimizer.lr` must be a number or null, but got 'abc'."),
         ("m --optimizer.betas [0.9]", "`--optimizer.betas` must be a list of 2 values, but got '[0.9]'."),
         ("m --trian.epochs 1", "`litgpt finetune` has no option `--trian.epochs`. Did you mean 'train.epochs'?"),
         ("m --train.epoks 1", "`litgpt finetune` has no option `--train.epoks`. Did you mean 'train.epochs'?"),

@@ -26,6 +26,7 @@ from litgpt.prompts import (
     prompt_styles,
     sandbox,
     save_prompt_style,
+    save_stop_tokens,
 )
 from litgpt.tokenizer import Tokenizer
 
@@ -674,3 +675,14 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         PromptStyle.from_name("alpacca")
     with pytest.raises(UserError, match="Did you mean 'llama3'"):
         find_prompt_style(".", explicit="lama3")
+
+
+def test_what_ends_an_answer_is_stored_with_the_checkpoint(tmp_path):
+    folder = write(tmp_path, "byte_level")
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=2, max_length=99)))
+    before = Tokenizer(folder)
+    style = prompt_styles["qwen2.5"]()
+    save_stop_tokens(style, before, folder)
+    stored = json.loads((folder / "generation_config.json").read_text())
+    assert stored == dict(eos_token_id=[2, before.token_to_id("<|im_end|>")], max_length=99)
+    assert set(Tokenizer(folder).eos_ids) == set(stored["eos_token_id"])

@@ -1,4 +1,4 @@
-"""Every shell and Python block of README.md and the tutorials runs: a page is a test, its blocks run in order in one empty folder.
+"""Every shell and Python block of README.md and the tutorials runs: a page is a test, its blocks run in order in one folder.
 
 What is put in the place of the real world, and nothing else:
 
@@ -7,7 +7,8 @@ What is put in the place of the real world, and nothing else:
   index is a folder with one wheel (`PIP_FIND_LINKS`), which holds the same kind of model.
 - Flags that only shrink are added to each command (`SHRUNK`).
 - A step in a path is one that the shrunken run has (`NAMES`).
-- The files that a reader brings along are there (`FILES`, `config_hub/`). A block that begins with `# NAME.py` or `# NAME.yaml` is the file of that name: it is written.
+- The files that a reader brings along are there (`FILES`, `config_hub/`). A block that begins with `# NAME.py` or
+  `# NAME.yaml` is the file of that name: it is written.
 - What is typed into a chat comes from `TYPED`.
 - Lines in `NOT_RUN` are not run, for the reason beside them; any other line that is neither `litgpt ...` nor `python FILE ...` fails.
 
@@ -21,6 +22,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import vocabularies
 import yaml
 from gguf_files import write_gguf
@@ -58,7 +61,8 @@ SHRUNK = {
     "finetune": FINETUNE,
     "finetune_lora": FINETUNE,
     "finetune_full": FINETUNE,
-    "pretrain": "--train.max_tokens 300 --train.max_seq_length 32 --train.global_batch_size 4 --train.save_interval 1 --model_config tiny.yaml",
+    "pretrain": "--train.max_tokens 300 --train.max_seq_length 32 --train.global_batch_size 4 --train.save_interval 1 "
+    "--model_config tiny.yaml",
     "generate": "--max_new_tokens 8",
     "chat": "--max_new_tokens 8",
 }
@@ -71,7 +75,6 @@ NOT_RUN = {
     "make quickstart": ".ci/run runs it, and it needs the package index",
     "make test": ".ci/run runs it: it runs this test",
     "pip install -e '.[all]'": "needs the package index; the Makefile runs it with the extra [test]",
-    "pip install -e .": "needs the package index; the Makefile runs it with an extra",
     "tensorboard --logdir out/pretrained-model/logs": "shows a web page until it is stopped",
 }
 
@@ -88,6 +91,14 @@ def _tiny_config(path: Path) -> None:
     path.write_text(yaml.safe_dump(tiny_config("gpt_neox", vocab_size=640, padded_vocab_size=640).to_litgpt()))
 
 
+def _litgpt_folder(path: Path) -> None:
+    """A model in LitGPT's layout; `path` is its weights."""
+    vocabularies.write(path.parent, "byte_level")
+    config = tiny_config("llama", vocab_size=640, padded_vocab_size=640, block_size=512)
+    torch.save(GPT(config).state_dict(), path)
+    (path.parent / "model_config.yaml").write_text(yaml.safe_dump(config.to_litgpt()))
+
+
 FILES: dict[str, Callable[[Path], object]] = {
     "data.json": lambda path: path.write_text(json.dumps(PAIRS)),
     "data.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, PAIRS))),
@@ -100,6 +111,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "custom_texts/more.txt": lambda path: path.write_text(PROSE[::-1]),
     "validation_texts/held_out.txt": lambda path: path.write_text(PROSE.upper()),
     "downloads/my-model.gguf": write_gguf,
+    "from-litgpt/lit_model.pth": _litgpt_folder,
     "tiny.yaml": _tiny_config,
 }
 
@@ -141,6 +153,11 @@ def test_a_tutorial_is_reached_from_the_readme_and_begins_with_a_command(page):
     assert page.read_text().splitlines()[2] in ("```bash", "```python")
 
 
+def test_the_lines_that_are_not_run_stand_in_pages():
+    lines = {line for page in PAGES for _, language, content in blocks(page) if language == "bash" for line in content.splitlines()}
+    assert set(NOT_RUN) <= lines
+
+
 def test_the_readme_is_short():
     assert len(PAGES[0].read_text().splitlines()) <= 200
 
@@ -151,7 +168,8 @@ def test_the_readme_is_short():
 def blocks(page: Path) -> list[tuple[str, str, str]]:
     """The fenced blocks of a page: where they begin, their language, and their content."""
     text = page.read_text()
-    found = re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = list(re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert len(found) * 2 == text.count("```"), f"{page.name}: a fence is indented or not closed"
     return [(f"{page.name}:{text.count(chr(10), 0, match.start()) + 1}", match[1], match[2]) for match in found]
 
 
@@ -196,7 +214,8 @@ def run_line(line: str, place: str) -> None:
 
 
 def flags_for(argv: list[str]) -> list[str]:
-    return SHRUNK.get(argv[0] if argv else "", "").split()
+    asks_for_help = argv[-1] == "-h" or any(word.endswith("help") for word in argv)
+    return [] if asks_for_help else SHRUNK.get(argv[0], "").split()
 
 
 def prepare_process(argv: list[str], variables: dict[str, str]) -> None:
@@ -292,17 +311,25 @@ def package_index(tmp_path_factory, stand_in) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def belongings(tmp_path_factory) -> Path:
+    """A folder with the files that a reader brings along."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, write in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name)
+    return folder
+
+
 @pytest.fixture
-def world(tmp_path, monkeypatch, hub, package_index) -> Path:
-    """An empty folder with the files that a reader brings along, and the environment that a page is run in."""
+def world(tmp_path, monkeypatch, hub, package_index, belongings) -> Path:
+    """A folder with nothing but the files that a reader brings along, and the environment that a page is run in."""
     monkeypatch.chdir(tmp_path)
     for name in ("HF_TOKEN", "LIGHTNING_ARTIFACTS_DIR"):
         monkeypatch.delenv(name, raising=False)
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "home", "PIP_NO_INDEX": 1, "PIP_FIND_LINKS": package_index}
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    for name, write in FILES.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        write(Path(name))
+    shutil.copytree(belongings, ".", dirs_exist_ok=True)
     Path("config_hub").symlink_to(ROOT / "config_hub")
     return tmp_path

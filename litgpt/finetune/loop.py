@@ -19,11 +19,12 @@ from litgpt.data import Alpaca, DataModule
 from litgpt.errors import UserError
 from litgpt.generate.decode import RowState, complete
 from litgpt.generate.run import stop_tokens
+from litgpt.hardware import parse_devices
 from litgpt.launch import cast_parameters, choose_logger, launch_fabric, training_precision
 from litgpt.loss import IGNORED
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
-from litgpt.prompts import encode_prompt, save_prompt_style
+from litgpt.prompts import PromptStyle, encode_prompt, save_prompt_style, save_stop_tokens
 from litgpt.run import Run, described, prepared, run_folder, sample_length, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
@@ -109,6 +110,9 @@ def finetune(
     hyperparameters = options_of(locals())
     check_limits(train, eval)
     check_schedule(train, optimizer.lr)
+    parse_devices(devices)
+    if train.global_batch_size is None:
+        raise UserError("`train.global_batch_size` is a number of samples, but got null. Only pretraining chooses one itself.")
     out_dir = run_folder(out_dir)
     resumed = step_to_resume(out_dir, resume, overwrite)
     precision = training_precision(precision, any_frozen=method.freezes)
@@ -132,7 +136,7 @@ def finetune(
     model = fabric.setup_module(model.train())
     torch_optimizer = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
 
-    extras = partial(write_extras, hyperparameters=hyperparameters, style=getattr(samples, "prompt_style", None))
+    extras = partial(write_extras, hyperparameters=hyperparameters, style=getattr(samples, "prompt_style", None), tokenizer=tokenizer)
     side_files = partial(write_side_files, base=base, extras=extras)
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples)}
     run = Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files)
@@ -236,7 +240,7 @@ def say_answer(run: Run, tokenizer: Tokenizer, samples: Sequence[Sample], eval: 
             tokens = [token for new in answer for token in new]
         finally:
             model.train()
-        run.progress.say(f"{tokenizer.decode(prompt)}\n>>> {tokenizer.decode(tokens)}")
+        run.progress.say(f"{messages[-1]['content']}\n>>> {tokenizer.decode(tokens)}")
 
 
 # What is written
@@ -247,15 +251,16 @@ def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return to_plain({name: value for name, value in arguments.items() if name not in ("method", "access_token")})
 
 
-def write_extras(folder: Path, hyperparameters: Mapping[str, Any], style: Any) -> None:
-    """Write the run's options and the prompt style it was trained with."""
+def write_extras(folder: Path, hyperparameters: Mapping[str, Any], style: PromptStyle | None, tokenizer: Tokenizer) -> None:
+    """Write the run's options, the prompt style it was trained with, and what ends an answer in it."""
     write_options(folder, hyperparameters)
     if style is not None:
         save_prompt_style(style, folder)
+        save_stop_tokens(style, tokenizer, folder)
 
 
 def write_side_files(folder: Path, base: Base, extras: Extras) -> None:
     """Write what makes a step's folder a checkpoint directory: config, tokenizer, prompt style, options."""
     write_config(folder, base.config, base.folder, base.dtype)
-    extras(folder)
     copy_side_files(base.folder, folder)
+    extras(folder)

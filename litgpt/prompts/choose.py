@@ -1,5 +1,6 @@
 """Which prompt style a checkpoint is used with, and how that is saved."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from litgpt import names
 from litgpt.errors import MissingFile, UserError, did_you_mean
 from litgpt.prompts.style import PromptStyle, known_style, prompt_styles
 from litgpt.prompts.template import ChatTemplate, read_chat_template
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer import Tokenizer, read_json
 
 CHAT_TEMPLATE_STYLE = "chat-template"
 
@@ -70,6 +71,23 @@ def save_prompt_style(style: str | PromptStyle, checkpoint_dir: str | Path) -> N
     except yaml.YAMLError:
         raise UserError(f"The arguments of {content['class_path']} must be plain values to be saved, but are {style.init_args}.") from None
     (Path(checkpoint_dir) / names.PROMPT_STYLE).write_text(text, encoding="utf-8")
+
+
+def save_stop_tokens(style: PromptStyle, tokenizer: Tokenizer, checkpoint_dir: str | Path) -> None:
+    """Write every token that ends an answer of this style into `generation_config.json`, so that other programs stop there too.
+
+    Args:
+        style: The style that the model was trained with.
+        tokenizer: The model's tokenizer.
+        checkpoint_dir: The folder.
+    """
+    file = Path(checkpoint_dir) / names.GENERATION_CONFIG
+    values = read_json(file, repair=True) or {"bos_token_id": tokenizer.bos_id}
+    single = [sequence[0] for sequence in style.stop_tokens(tokenizer) if len(sequence) == 1]
+    ids = list(dict.fromkeys([*tokenizer.eos_ids, *single]))
+    if ids:
+        values["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}, indent=2) + "\n", encoding="utf-8")
 
 
 def load_prompt_style(checkpoint_dir: str | Path) -> PromptStyle:

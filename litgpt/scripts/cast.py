@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from litgpt import names
-from litgpt.checkpoint import DTYPES, disk_error, hf_weight_files, read_json, read_raw, write_shards
-from litgpt.errors import UserError
+from litgpt.checkpoint import DTYPES, hf_weight_files, read_json, read_raw, write_shards
+from litgpt.errors import UserError, disk_error
 
 
 def cast_weights(folder: Path, dtype: str) -> None:

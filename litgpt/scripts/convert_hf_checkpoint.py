@@ -6,8 +6,8 @@ import torch
 import yaml
 
 from litgpt import names
-from litgpt.checkpoint import DTYPES, disk_error, load_model
-from litgpt.errors import UserError, did_you_mean
+from litgpt.checkpoint import DTYPES, load_model
+from litgpt.errors import UserError, did_you_mean, disk_error
 from litgpt.scripts.download import find_checkpoint
 
 
@@ -28,7 +28,7 @@ def convert_hf_checkpoint(
         raise UserError(f"`dtype` is one of {', '.join(DTYPES)}, but got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
     if model_name is not None:
         print("--model_name is not needed: the architecture is read from the checkpoint.")
-    folder = find_checkpoint(checkpoint_dir)
+    folder = find_checkpoint(checkpoint_dir, needs_tokenizer=False)
     model = load_model(folder, DTYPES.get(dtype))
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if debug_mode:

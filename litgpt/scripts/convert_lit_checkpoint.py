@@ -15,7 +15,7 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
         checkpoint_dir: Holds `lit_model.pth` and `model_config.yaml`, or any other layout that we read.
         output_dir: The folder to write. It must not exist, or be empty.
     """
-    folder = find_checkpoint(checkpoint_dir)
+    folder = find_checkpoint(checkpoint_dir, needs_tokenizer=False)
     model = load_model(folder)
     write_checkpoint(output_dir, model.state_dict(), model.config, source=folder)
     print(f"Saved {output_dir}.")

@@ -18,10 +18,9 @@ from huggingface_hub.utils import WeakFileLock
 
 from litgpt import hub, names
 from litgpt.config import Config, known_names
-from litgpt.errors import MissingFile, UserError, did_you_mean
+from litgpt.errors import MissingFile, UserError, did_you_mean, disk_error
 from litgpt.scripts import pypi
 
-DTYPES = ("bfloat16", "float16", "float32")
 PYPI = "pypi:"
 PYPI_FOLDER, GGUF_FOLDER = "pypi", "gguf"  # inside `checkpoints`
 
@@ -157,8 +156,8 @@ def nearest(text: str) -> str:
 
 
 def _check_dtype(dtype: str | None) -> None:
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"`dtype` is one of {', '.join(DTYPES)}, but got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+    if dtype is not None and dtype not in names.DTYPES:
+        raise UserError(f"`dtype` is one of {', '.join(names.DTYPES)}, but got {dtype!r}.{did_you_mean(dtype, names.DTYPES)}")
 
 
 def _with_torch(module: str, function: str, *arguments: object) -> None:
@@ -318,7 +317,7 @@ def one_at_a_time(checkpoint_dir: Path) -> Iterator[None]:
         with WeakFileLock(checkpoint_dir / ".lock"):
             yield
     except OSError as error:
-        if (message := hub.disk_error(error)) is None:
+        if (message := disk_error(error)) is None:
             raise
         raise UserError(f"{checkpoint_dir} could not be written: {message}") from error
 

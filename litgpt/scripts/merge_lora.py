@@ -29,7 +29,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = No
             print(f"The LoRA weights of {folder} are merged already.")
             return
         raise UserError(f"{folder} holds no LoRA updates: neither {names.LIT_LORA} nor {names.ADAPTER_CONFIG} nor a step of finetune_lora.")
-    base = find_checkpoint(pretrained_checkpoint_dir) if pretrained_checkpoint_dir is not None else None
+    base = find_checkpoint(pretrained_checkpoint_dir, needs_tokenizer=False) if pretrained_checkpoint_dir is not None else None
     model, base = load_lora(folder, base)
     merge_lora_weights(model)
     dtype = products_dtype(precision) if precision is not None else stored_dtype(base)
