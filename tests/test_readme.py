@@ -56,7 +56,10 @@ LINKING = [*PAGES, ROOT / "CONTRIBUTING.md"]
 
 GATED = {"meta-llama/Llama-3.2-1B-Instruct": "hf_YourToken"}
 
-FINETUNE = "--train.max_steps 2 --train.global_batch_size 2 --train.save_interval 1 --train.max_seq_length 256 --eval.max_new_tokens 4"
+FINETUNE = (
+    "--train.max_steps 2 --train.lr_warmup_steps 1 --train.global_batch_size 2 --train.save_interval 1 --train.max_seq_length 256 "
+    "--eval.max_new_tokens 4"
+)
 SHRUNK = {
     "finetune": FINETUNE,
     "finetune_lora": FINETUNE,
@@ -119,7 +122,7 @@ FILES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run(page, world, capsys):
+def test_the_blocks_of_a_page_run(page, world):
     for place, language, content in blocks(page):
         if named := re.match(r"# ([\w.-]+\.(?:py|yaml))\n", content):
             Path(named[1]).write_text(content)
@@ -128,7 +131,7 @@ def test_the_blocks_of_a_page_run(page, world, capsys):
                 run_line(line.strip(), place)
         elif language == "python":
             with own_process(importable=True):
-                exec(compile("\n" * 3 + content, place, "exec"), {"__name__": "__main__"})
+                exec(compile("\n" * int(place.partition(":")[2]) + content, page, "exec"), {"__name__": "__main__"})
         elif language == "json":
             check_records(json.loads(content))
         elif language == "yaml":
