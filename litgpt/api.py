@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.cache import Cache
-from litgpt.checkpoint import copy_side_files, load_model, write_checkpoint
+from litgpt.checkpoint import copy_side_files, described_by, load_model, write_checkpoint
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
 from litgpt.generate.decode import RowState, complete, new_cache, stream_text
@@ -98,8 +98,9 @@ class LLM(nn.Module):
             )
         needed = dict(access_token=access_token, needs_tokenizer=tokenizer_dir is None)
         folder = find_checkpoint(model, **needed) if init == "pretrained" else None
-        tokens = folder if tokenizer_dir is None else find_checkpoint(tokenizer_dir, access_token=access_token, tokenizer_only=True)
-        config = Config.from_checkpoint(folder) if folder is not None else Config.from_name(str(model))
+        described = described_by(folder) if folder is not None else None
+        tokens = described if tokenizer_dir is None else find_checkpoint(tokenizer_dir, access_token=access_token, tokenizer_only=True)
+        config = Config.from_checkpoint(described) if described is not None else Config.from_name(str(model))
         tokenizer = Tokenizer(tokens)
         style = find_prompt_style(folder or tokens, tokenizer, config=config)
         llm = cls(None, Preprocessor(tokenizer), style, config, folder, tokens)

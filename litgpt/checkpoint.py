@@ -314,6 +314,13 @@ def _with_peft_adapter(
     return assemble(config, weights, str(folder), model_class)
 
 
+def described_by(folder: Path) -> Path:
+    """Return the folder whose config and tokenizer a checkpoint is used with: itself, or the base that a PEFT adapter names."""
+    if not (folder / names.ADAPTER_CONFIG).is_file() or (folder / names.CONFIG).is_file():
+        return folder
+    return base_of(folder, read_json(folder / names.ADAPTER_CONFIG).get("base_model_name_or_path"))
+
+
 def read_hyperparameters(folder: Path) -> dict[str, Any]:
     """Return the options of the run that wrote a folder."""
     file = folder / names.HYPERPARAMETERS

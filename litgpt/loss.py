@@ -36,6 +36,6 @@ def token_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor,
         logits = head(h)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), t, ignore_index=IGNORED, reduction="none")
 
-    *early, last = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+    *early, last = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().long().split(chunk), strict=True)
     losses = [checkpoint(piece, h, t, use_reentrant=False) for h, t in early] + [piece(*last)]
     return torch.cat(losses).view_as(targets)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from litgpt import names
 from litgpt.args import EvalArgs, LogArgs, OptimizerArgs, TrainArgs, to_plain
-from litgpt.checkpoint import copy_side_files, load_model, write_checkpoint, write_config
+from litgpt.checkpoint import copy_side_files, load_model, read_hyperparameters, write_checkpoint, write_config
 from litgpt.config import Config, known_names
 from litgpt.data import DataModule
 from litgpt.errors import UserError
@@ -87,10 +87,12 @@ def setup(
         print("\n".join(known_names()))
         return
     given = dict(locals())
-    check_options(train, eval, resume, initial_checkpoint_dir, data)
+    check_options(train, eval, model_config, initial_checkpoint_dir, data)
     out_dir = run_folder(out_dir)
     resumed = step_to_resume(out_dir, resume, overwrite)
     precision = training_precision(precision, any_frozen=False)
+    if resumed is not None and initial_checkpoint_dir is None:
+        initial_checkpoint_dir = read_hyperparameters(resumed).get("initial_checkpoint_dir")
     origin = find_origin(model_name, model_config, initial_checkpoint_dir, tokenizer_dir, train)
 
     logger = choose_logger(logger_name, out_dir, f"pretrain-{origin.config.name}", log)
@@ -172,12 +174,12 @@ class Origin:
 
 
 def check_options(
-    train: TrainArgs, eval: EvalArgs, resume: bool | str | Path | None, initial_checkpoint_dir: Path | None, data: DataModule | None
+    train: TrainArgs, eval: EvalArgs, model_config: Config | None, initial_checkpoint_dir: Path | None, data: DataModule | None
 ) -> None:
     """Raise a UserError for options that contradict each other or cannot be followed."""
     check_limits(train, eval)
-    if resume and initial_checkpoint_dir is not None:
-        raise UserError("`resume` goes on with a run and `initial_checkpoint_dir` begins one. Give one of them.")
+    if model_config is not None and initial_checkpoint_dir is not None:
+        raise UserError("`model_config` describes a new model, and `initial_checkpoint_dir` keeps its own architecture. Give one of them.")
     if eval.max_new_tokens is not None:
         raise UserError("`eval.max_new_tokens` is for the example answers of finetuning; pretraining shows none. Leave it out.")
     if data is None:
@@ -195,6 +197,7 @@ def find_origin(
             raise UserError(f"`train.tie_embeddings` is {train.tie_embeddings}, but {folder} is built the other way. Leave it out.")
     else:
         config = model_config or Config.from_name(model_name)
+        config = config if config.name else replace(config, name=model_name)
         if train.tie_embeddings is not None:
             config = replace(config, tie_embeddings=train.tie_embeddings)
     return Origin(config, folder, folder if tokenizer_dir is None else find_checkpoint(tokenizer_dir, tokenizer_only=True))

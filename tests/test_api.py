@@ -6,7 +6,9 @@ from speaking import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table, calculate_number_of_devices
+from litgpt.checkpoint import load_model, write_adapter
 from litgpt.errors import UserError
+from litgpt.lora import LoRA, LoRALinear, add_lora, merge_lora_weights
 from litgpt.prompts import Alpaca, load_prompt_style
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Again"}]
@@ -303,3 +305,21 @@ def test_a_preprocessor_encodes_and_decodes(llm):
 
 def test_the_number_of_devices_is_counted():
     assert [calculate_number_of_devices(devices) for devices in (1, 3, [0, 2])] == [1, 3, 2]
+
+
+def test_a_peft_adapter_answers_as_the_model_it_belongs_to(tmp_path):
+    base = make_checkpoint(tmp_path / "base")
+    model = load_model(base)
+    settings = LoRA(r=2, dropout=0.0)
+    add_lora(model, settings)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            torch.nn.init.normal_(layer.lora_B, std=0.2)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", model, settings, str(base))
+    llm = LLM.load(tmp_path / "adapter", distribute=None)
+    llm.distribute(precision="32-true")
+    ids = torch.randint(100, (1, 9))
+    merge_lora_weights(model)
+    torch.testing.assert_close(llm.model(ids), model(ids), rtol=0, atol=1e-5)
+    assert llm.generate("Hello", max_new_tokens=3) is not None

