@@ -436,7 +436,7 @@ def test_printed_configurations_can_be_read_back(recipe, capsys):
 
 
 def test_data_may_be_a_short_name_an_import_path_a_mapping_or_a_subclass_of_ones_own(recipe, tmp_path, monkeypatch):
-    (tmp_path / "my_data.py").write_text(
+    (tmp_path / "data_of_mine.py").write_text(
         "from litgpt.data import DataModule\n\n\nclass Mine(DataModule):\n    def __init__(self, size: int = 3) -> None:\n"
         "        super().__init__()\n        self.size = size\n"
     )
@@ -451,7 +451,7 @@ def test_data_may_be_a_short_name_an_import_path_a_mapping_or_a_subclass_of_ones
     ]:
         got = run("m", *words)["data"]
         assert type(got) is JSON and got.json_path == Path("f.json"), words
-    got = run("m", "--data", "my_data.Mine", "--data.size", "5")["data"]
+    got = run("m", "--data", "data_of_mine.Mine", "--data.size", "5")["data"]
     assert isinstance(got, DataModule) and got.size == 5
     assert "init_args: {'size': 5}" in str(to_plain({"data": got})).replace("'init_args'", "init_args")
 
