@@ -8,7 +8,6 @@ Times are medians of rounds that alternate between the two; peak memory is that 
 
 import argparse
 import importlib.metadata
-import resource
 import statistics
 import subprocess
 import sys
@@ -161,11 +160,13 @@ def main() -> None:
         run = tasks()[args.memory[0]][int(args.memory[1])]()
         for _ in range(3):
             run()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(hardware.peak_memory_gb(torch.device("cpu")) * 1000)
         return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(f"# SmolLM2-135M against transformers and PEFT\n\nCPU: {hardware.device_name()}; {versions}; commit {commit}.")
+    print(
+        f"# SmolLM2-135M against transformers and PEFT\n\nCPU: {hardware.device_name()} ({hardware.instruction_sets()}); {versions}; commit {commit}."
+    )
     print(f"Command: `python {' '.join(sys.argv)}`. Medians of {args.rounds} alternating rounds.\n")
     print("| task | threads | ours, tokens/s | theirs, tokens/s | speed ratio | ours, MB | theirs, MB | memory ratio |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
