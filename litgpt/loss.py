@@ -1,11 +1,11 @@
 """Cross entropy that never holds the logits of all tokens."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a target that does not count
@@ -19,23 +19,52 @@ class Loss(NamedTuple):
     aux: Tensor | float = 0.0  # of experts
 
 
-def token_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+def token_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
     """Return the negative log-likelihood of every target, (B, T), 0 where it is ignored; in fp32, or fp64 where the logits are.
 
-    Only `chunk` tokens have logits at a time: their backward pass computes them again. The last chunk keeps its own, since
-    its backward pass comes first. `head` is called, not unpacked, so that any layer may stand there (LoRA, quantized, sharded).
+    Only `chunk` tokens have logits at a time. Where the head is not trained, their gradients are computed at once, while the logits are
+    there; else the backward pass computes the logits again. `head` is called, not unpacked, so that any layer may stand there (LoRA,
+    quantized, sharded).
 
     Args:
-        head: Turns (n, C) into logits (n, V).
+        head: Turns (n, C) into logits (n, V), each row by itself.
         hidden: (B, T, C)
         targets: (B, T), the id that follows each token; -100 does not count.
         chunk: How many tokens have logits at the same time.
     """
-
-    def piece(h: Tensor, t: Tensor) -> Tensor:
-        logits = head(h)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), t, ignore_index=IGNORED, reduction="none")
-
-    *early, last = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().long().split(chunk), strict=True)
-    losses = [checkpoint(piece, h, t, use_reentrant=False) for h, t in early] + [piece(*last)]
+    pairs = list(zip(hidden.flatten(0, 1).split(chunk), targets.flatten().long().split(chunk), strict=True))
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        losses = [_nll(head, h, t) for h, t in pairs]
+    elif _is_frozen(head) and hidden.dtype != torch.float16 and not torch.is_autocast_enabled(hidden.device.type):
+        losses = [_AtOnce.apply(head, h, t) for h, t in pairs]
+    else:
+        *early, last = pairs  # the last one's backward pass comes first, so keeping its logits costs nothing at the peak
+        losses = [checkpoint(_nll, head, h, t, use_reentrant=False) for h, t in early] + [_nll(head, *last)]
     return torch.cat(losses).view_as(targets)
+
+
+def _nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=IGNORED, reduction="none")
+
+
+def _is_frozen(head: Callable[[Tensor], Tensor]) -> bool:
+    return isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
+
+
+class _AtOnce(torch.autograd.Function):
+    """Losses whose gradients are computed in the forward pass: a row's loss depends on that row alone, so they only have to be scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            losses = _nll(head, hidden, targets)
+            (gradients,) = torch.autograd.grad(losses.sum(), hidden)
+        ctx.save_for_backward(gradients)
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        return None, (gradients * grad.unsqueeze(-1)).to(gradients.dtype), None

@@ -226,7 +226,32 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _SmallRMSNorm.apply(x, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class _SmallRMSNorm(torch.autograd.Function):
+    """`F.rms_norm` that keeps nothing but its input for the backward pass; torch's own keeps several copies in fp32 on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x_wide, grad = x.to(wide), grad.to(wide)
+        scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + ctx.eps)  # (B, T, 1)
+        normed = x_wide * scale
+        weighted = grad * weight
+        grad_x = scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 GPT.block_class = Block

@@ -25,6 +25,19 @@ def test_chunks_of_any_size_equal_plain_cross_entropy_and_its_gradients():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_a_frozen_head_gives_the_same_losses_and_gradients_and_is_called_once_a_chunk():
+    head, hidden, targets = setup()
+    weights = torch.randn(targets.shape, dtype=hidden.dtype)
+    expected = torch.autograd.grad((token_nll(head, hidden, targets) * weights).sum(), hidden)[0]
+    head.requires_grad_(False)
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    nll = token_nll(head, hidden, targets, chunk=7)
+    ours = torch.autograd.grad((nll * weights).sum(), hidden)[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    assert len(calls) == 5 == -(-targets.numel() // 7)
+
+
 def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
     made = []
     head, hidden, targets = setup(torch.float32)

@@ -7,7 +7,7 @@ from tiny import tiny_config
 from litgpt.attention import Segments
 from litgpt.families import FAMILIES
 from litgpt.loss import IGNORED
-from litgpt.model import GPT
+from litgpt.model import GPT, RMSNorm
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 ATOL = dict(rtol=0, atol=2e-5)
@@ -46,6 +46,20 @@ def test_gradients_equal_transformers(family):
     embedding = next(p for p in theirs.parameters() if p.shape == ours.transformer.wte.weight.shape)
     scale = embedding.grad.abs().max()
     torch.testing.assert_close(ours.transformer.wte.weight.grad / scale, embedding.grad / scale, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rms_norm_and_its_gradients_equal_the_formula_in_float64():
+    norm = RMSNorm(16, eps=1e-3).double()
+    torch.nn.init.normal_(norm.weight)
+    x, g = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 5, 16, dtype=torch.float64)
+    with torch.enable_grad():
+        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+        got = torch.autograd.grad((norm(ours) * g).sum(), [ours, norm.weight])
+        formula = theirs / (theirs.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+        expected = torch.autograd.grad((formula * g).sum(), [theirs, norm.weight])
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 VARIANTS = {
