@@ -164,10 +164,8 @@ def main() -> None:
         return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(
     print(f"# SmolLM2-135M against transformers and PEFT\n\nCPU: {hardware.device_name()} ({hardware.instruction_sets()}).")
     print(f"{versions}; commit {commit}.")
-    )
     print(f"Command: `python {' '.join(sys.argv)}`. Medians of {args.rounds} alternating rounds.\n")
     print("| task | threads | ours, tokens/s | theirs, tokens/s | speed ratio | ours, MB | theirs, MB | memory ratio |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
