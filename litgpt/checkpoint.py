@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from litgpt.model import GPT
 from litgpt.translate import adapter_to_peft, add_updates, dequantized, peft_updates, translate
 from litgpt.weights import interleaved_qkv
 
+AGAIN = "Config and weights are of different models: download or convert the checkpoint again."
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
 
@@ -74,13 +75,15 @@ def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class
         expected.pop("lm_head.weight")
         weights.pop("lm_head.weight", None)
     if missing := sorted(expected.keys() - weights.keys()):
-        raise UserError(f"{where} lacks {len(missing)} weights of the model that its config describes, first {missing[0]!r}.")
+        raise UserError(f"{where} lacks {len(missing)} weights of the model that its config describes, first {missing[0]!r}. {AGAIN}")
     if extra := sorted(weights.keys() - expected.keys()):
-        raise UserError(f"{where} holds {len(extra)} weights that the model its config describes does not have, first {extra[0]!r}.")
+        raise UserError(
+            f"{where} holds {len(extra)} weights that the model its config describes does not have, first {extra[0]!r}. {AGAIN}"
+        )
     for name, parameter in expected.items():
         if weights[name].shape != parameter.shape:
             shapes = f"{tuple(weights[name].shape)} and the config makes it {tuple(parameter.shape)}"
-            raise UserError(f"In {where} the shape of {name!r} is {shapes}. Config and weights are of different models.")
+            raise UserError(f"In {where} the shape of {name!r} is {shapes}. {AGAIN}")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     return model.eval()
@@ -136,7 +139,14 @@ def hf_weight_files(folder: Path) -> list[Path]:
         (names.BIN_INDEX, names.BIN, "*.bin"),
     ):
         if (folder / index).is_file():
-            files = [folder / name for name in sorted(set(read_json(folder / index).get("weight_map", {}).values()))]
+            described = read_json(folder / index)
+            if not isinstance(described, dict) or not isinstance(listed := described.get("weight_map"), dict):
+                raise UserError(f"{folder / index} is damaged. Delete it and download it again.")
+            for name in listed.values():  # anything else would lead out of the folder
+                if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+                    way = "but may only name files that lie beside it. Use a checkpoint from another source."
+                    raise UserError(f"{folder / index} names {name!r}, {way}")
+            files = [folder / name for name in sorted(set(listed.values()))]
             if missing := [file.name for file in files if not file.is_file()]:
                 raise MissingFile(f"{folder / index} names {missing[0]!r}, which is not there. Download the checkpoint again.")
             return files
@@ -279,7 +289,10 @@ def load_lora(
     hyperparameters = read_hyperparameters(folder)
     base = base or base_of(folder, hyperparameters.get("checkpoint_dir"))
     model = load_model(base, dtype, device, model_class)
-    add_lora(model, LoRA(**{key.removeprefix("lora_"): value for key, value in hyperparameters.items() if key.startswith("lora_")}))
+    settings = {key.removeprefix("lora_"): value for key, value in hyperparameters.items() if key.startswith("lora_")}
+    if unknown := settings.keys() - {field.name for field in fields(LoRA)}:
+        raise UserError(f"{folder / names.HYPERPARAMETERS} holds `lora_{min(unknown)}`, which is no option of LoRA. Remove it.")
+    add_lora(model, LoRA(**settings))
     stored = _unwrapped(_load_pickle(folder / names.LIT_LORA)) if (folder / names.LIT_LORA).is_file() else dict(read_raw(folder))
     updates = {name: tensor for name, tensor in _modern(stored, model.config) if lora_filter(name, tensor) and "/" not in name}
     expected = {name: parameter for name, parameter in model.named_parameters() if lora_filter(name, parameter)}
@@ -337,7 +350,7 @@ def read_hyperparameters(folder: Path) -> dict[str, Any]:
 
 def base_of(folder: Path, name: str | None) -> Path:
     """Return the folder of the model that LoRA weights were trained beside, by the name they give it."""
-    for candidate in (Path(name), Path(names.CHECKPOINTS) / name, folder / name) if name else ():
+    for candidate in (Path(name), Path(names.CHECKPOINTS) / name, folder / name) if name and isinstance(name, str) else ():
         if candidate.is_dir():
             return candidate
     raise MissingFile(
@@ -359,6 +372,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: `path` exists and is not to be overwritten, or the disk is full or forbids writing.
     """
+    path = path.absolute()
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists. Choose another folder, or delete it first.")
     partial, previous = path.with_name(path.name + names.PARTIAL), path.with_name(path.name + ".old" + names.PARTIAL)
@@ -480,17 +494,28 @@ def copy_side_files(source: Path, target: Path, *more: str) -> None:
 
 
 def write_adapter(folder: Path, model: GPT, lora: LoRA, base: str) -> None:
-    """Write the LoRA updates of a model as a PEFT adapter.
+    """Write the LoRA updates of a model as a PEFT adapter; see `adapter_writer`."""
+    adapter_writer(model, lora, base)(folder)
+
+
+def adapter_writer(model: GPT, lora: LoRA, base: str) -> Callable[[Path], None]:
+    """Return what writes the LoRA updates of a model, as they are now, into a folder as a PEFT adapter.
 
     Args:
-        folder: An existing folder.
-        model: Still with its LoRA layers.
+        model: Still with its LoRA layers; they may be merged before the adapter is written.
         lora: Their settings.
         base: The name or folder of the model they were trained beside.
+
+    Raises:
+        UserError: No family of checkpoints can express the model.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     tensors, described = adapter_to_peft(layers, model.config, lora)
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / names.ADAPTER_WEIGHTS, metadata={"format": "pt"}
-    )
-    (folder / names.ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": base} | described, indent=2) + "\n")
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+    def write(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        save_file(tensors, folder / names.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (folder / names.ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": base} | described, indent=2) + "\n")
+
+    return write

@@ -5,19 +5,22 @@ jsonargparse derives every flag, type and help text from the function's signatur
 name an optimizer into the fields of `OptimizerArgs`. `explained` makes one sentence of jsonargparse's errors.
 """
 
+import inspect
 import json
 import os
 import re
 import sys
+import textwrap
 import traceback
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.request import urlopen
 
-from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, get_loader, set_parsing_settings
 from yaml import YAMLError
 
 from litgpt.args import optimizer_fields
@@ -124,7 +127,10 @@ def run(function: Callable[..., Any], command: str, argv: list[str], recipe: Map
         data_names()
     words = rewritten(options, argv, recipe or {})
     if words == ["--help"]:
-        print(re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", parser.format_help()), end="")
+        print(parser.format_help(), end="")
+        return None
+    if words[0].removeprefix("--").removesuffix(".help") in options.objects:
+        print(class_help(parser, command, *words), end="")
         return None
     try:
         arguments = parser.parse_args(words)
@@ -141,10 +147,80 @@ def run(function: Callable[..., Any], command: str, argv: list[str], recipe: Map
 def make_parser(function: Callable[..., Any], command: str) -> ArgumentParser:
     """Return a parser whose flags, types and help texts are those of a function."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"litgpt {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"litgpt {command}", exit_on_error=False, description=manual(function), formatter_class=HelpFormatter)
     parser.add_argument("--config", action="config", help="A YAML file or URL with options; flags override it whatever their order.")
-    parser.add_function_arguments(function, as_positional=True)
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    for action in parser._actions:  # two texts that are jsonargparse's own
+        if action.dest == "print_config":
+            action.help = (
+                "Print all options as a recipe and exit. `--print_config=skip_default` leaves out those at their default, "
+                "`--print_config=skip_null` those that are null."
+            )
+        elif action.help == "Path to a configuration file.":
+            action.help = "Several of the options below at once: a YAML file, or a mapping such as '{\"OPTION\": VALUE}'."
     return parser
+
+
+def manual(described: Callable[..., Any]) -> str:
+    """Return what a docstring says before it comes to the arguments."""
+    return re.split(r"^(?:Args|Attributes|Raises):$", inspect.getdoc(described) or "", maxsplit=1, flags=re.MULTILINE)[0].strip()
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Wraps titles too, keeps paragraphs, and writes types as a reader knows them."""
+
+    def start_section(self, heading: str | None) -> None:
+        """Begin a group of options."""
+        super().start_section(heading and textwrap.fill(" ".join(heading.split()), self._width))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+        return "\n\n".join(textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent) for line in paragraphs)
+
+    def _expand_help(self, action: Any) -> str:
+        text = re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", super()._expand_help(action))
+        text = re.sub(r"\bOptional\[((?:[^\[\]]|\[[^\[\]]*\])*)\]", r"\1 | null", text)
+        text = re.sub(r"\bUnion\[((?:[^\[\]]|\[[^\[\]]*\])*)\]", lambda union: re.sub(r", (?![^\[]*\])", " | ", union[1]), text)
+        return re.sub(r"(known subclasses: )(?:[\w.]+\.(?:DataModule|SFTModule|PromptStyle), )+", r"\1", text)  # bases are no choice
+
+
+def class_help(parser: ArgumentParser, command: str, flag: str, name: str = "", *_: str) -> str:
+    """Return the help text of a class whose arguments are options, or the names of the data sets if none is named.
+
+    Args:
+        parser: That of the command.
+        command: The name of the command.
+        flag: Such as `--data.help`.
+        name: The name of a data set, or its import path.
+    """
+    option = flag.removeprefix("--").removesuffix(".help")
+    if option == "data" and not name:
+        rows = [f"  {known:12} {manual(data_class(known)).splitlines()[0]}" for known in data_names()]
+        return "\n".join(["Data sets:", *rows, "", f"`litgpt {command} --data.help NAME` shows the options of one.", ""])
+    types = next(action._typehint for action in parser._actions if action.dest == f"{option}.help")
+    kind = data_class(name) if option == "data" else next(kind for kind in (*get_args(types), types) if isinstance(kind, type))
+    program = f"litgpt {command} --data {name}" if option == "data" else f"litgpt {command}"
+    options = ArgumentParser(prog=program, add_help=False, description=manual(kind), formatter_class=HelpFormatter)
+    options.add_class_arguments(kind, option, as_group=False)
+    for action in options._actions:
+        if action.dest.endswith(".help"):  # only the command's own are flags
+            action.help = SUPPRESS
+    return options.format_help()
+
+
+def data_class(name: str) -> type:
+    """Return a data set's class by its name among ours, or by its import path."""
+    module, _, kind = name.rpartition(".")
+    known = data_names()
+    try:
+        found = getattr(import_module(module or DATA), kind)
+    except (ImportError, AttributeError):
+        found = None
+    base = import_module(DATA).DataModule
+    if not isinstance(found, type) or not issubclass(found, base) or found is base:
+        hint = did_you_mean(kind, known)
+        raise UserError(f"`--data.help` wants one of {', '.join(known)}, or the import path of a data set, but got {name!r}.{hint}")
+    return found
 
 
 class ConstructorFailed(BaseException):
@@ -193,7 +269,7 @@ class Options:
 
     def unknown(self, name: str, dashes: str = "", also: Iterable[str] = ()) -> str:
         """Say that there is no such option, and which one may have been meant."""
-        hint = did_you_mean(name, [*self.names, *also]) or f" `litgpt {self.command} -h` lists them."
+        hint = did_you_mean(name, [*self.names, *also]).replace("'", f"'{dashes}", 1) or f" `litgpt {self.command} -h` lists them."
         if name.startswith("optimizer."):
             hint += f" The arguments of its class go to `{dashes}optimizer.init_args.NAME`."
         return f"`litgpt {self.command}` has no option `{dashes}{name}`.{hint}"
@@ -253,8 +329,9 @@ def rewritten(options: Options, argv: list[str], recipe: Mapping[str, Any]) -> l
             else:
                 flags.append((name, value))
     if len(positionals) > len(options.positionals):
+        surplus = " ".join(positionals[len(options.positionals) :])
         takes = ", ".join(f"`{name}`" for name in options.positionals) or "none"
-        raise UserError(f"`litgpt {options.command}` takes {takes} without a flag, but got {' '.join(positionals)!r}.")
+        raise UserError(f"`litgpt {options.command}` takes {takes} without a flag, but also got {surplus!r}.")
     fields.append(dict(zip(options.positionals, positionals)))
     merged = merged_recipe(options, [*layers, *groups, *fields])
     flags.sort(key=lambda flag: flag[0].count("."))  # a class before its arguments

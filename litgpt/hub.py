@@ -145,11 +145,15 @@ class Repository:
 
 
 def indexed(index: Path) -> list[str]:
-    """Return the names of the files that an index of weights lists."""
+    """Return the names of the files that an index of weights lists, all of which lie beside it."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        listed = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index} is damaged. Delete it and download it again.") from None
+    for name in listed:  # `checkpoint.hf_weight_files` has the same rule, and starts without the hub's package
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{index} names {name!r}, but may only name files that lie beside it. Use a checkpoint from another source.")
+    return sorted(set(listed))
 
 
 def endpoint() -> str | None:

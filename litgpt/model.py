@@ -88,8 +88,12 @@ class GPT(nn.Module):
             select: Which tokens reach the head: "last" of each row or segment, or indices (n,) into the B * T tokens; then (n, V).
 
         Raises:
-            ValueError: `positions` or `segments` beside a cache, which knows both.
+            ValueError: `positions` or `segments` beside a cache, which knows both; or an unknown `output` or `select`.
         """
+        if output not in ("logits", "hidden", "token_nll") or (output == "token_nll" and targets is None):
+            raise ValueError(f"`output` is 'logits', 'hidden' or, with targets, 'token_nll', but got {output!r}.")
+        if isinstance(select, str) and select != "last":
+            raise ValueError(f"`select` is 'last' or the indices of tokens, but got {select!r}.")
         if cache is not None and (positions is not None or segments is not None):
             raise ValueError("A cache knows the positions of its rows: pass neither `positions` nor `segments` beside it.")
         span = cache.span([idx.size(1)] * idx.size(0)) if isinstance(cache, Cache) else cache

@@ -29,6 +29,8 @@ LIT_LORA = "lit_model.pth.lora"
 PROMPT_STYLE = "prompt_style.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
 
+SOURCE = "source.json"  # which file or package a folder was imported from
+
 # Folders of a training run
 STEP = "step-{:06d}"
 FINAL = "final"

@@ -21,7 +21,7 @@ from litgpt.launch import PRECISIONS, cast_parameters, choose_logger, launch_fab
 from litgpt.lora import seed_of
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
-from litgpt.run import Run, described, prepared, run_folder, sample_length, step_to_resume, write_options
+from litgpt.run import Run, described, digest, prepared, run_folder, sample_length, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, Sample, check_limits, data_share, forward_backward, seed_generators
@@ -86,7 +86,7 @@ def setup(
     if model_name == "list":
         print("\n".join(known_names()))
         return
-    given = dict(locals())
+    given = {name: value for name, value in locals().items() if name not in ("resume", "overwrite")}
     check_options(train, eval, model_config, initial_checkpoint_dir, data)
     out_dir = run_folder(out_dir)
     resumed = step_to_resume(out_dir, resume, overwrite)
@@ -115,16 +115,13 @@ def setup(
 
     side_files = partial(write_side_files, origin=origin, dtype=dtype, hyperparameters=hyperparameters)
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples), "tokens of a sample": length}
+    same["digest of the samples"] = digest(samples)
     with Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files) as run:
         batch = f"{train.global_batch_size:,} of {len(samples):,} samples of {length:,} tokens in a step"
         run.progress.say(f"Pretraining {origin.config.name}: {size}, {batch}.")
         run.begin(resumed, hyperparameters)
         fit(run, samples, val_samples, eval, seed)
-        weights = run.trained_weights()
-        if fabric.is_global_zero:
-            write_final(out_dir / names.FINAL, weights, origin, dtype, hyperparameters)
-        fabric.barrier()
-        run.report(out_dir / names.FINAL)
+        run.finish(out_dir / names.FINAL, lambda weights: write_final(out_dir / names.FINAL, weights, origin, dtype, hyperparameters))
 
 
 def fit(run: Run, samples: Sequence[Sample], val_samples: Sequence[Sample], eval: EvalArgs, seed: int) -> None:

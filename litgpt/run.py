@@ -1,9 +1,11 @@
 """A training run as both training scripts see it: its folder, the step it goes on from, what it counts, shows, logs and saves."""
 
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +31,12 @@ from litgpt.training import Feed, Limits, Sample, StopRequest, take_step, valida
 
 def run_folder(out_dir: Path) -> Path:
     """Return where a run writes: `out_dir`, below LIGHTNING_ARTIFACTS_DIR if that is set and `out_dir` is relative."""
-    return Path(os.environ.get("LIGHTNING_ARTIFACTS_DIR", "")) / out_dir
+    folder = Path(os.environ.get("LIGHTNING_ARTIFACTS_DIR", "")) / out_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"`out_dir` is a folder to write into, but {folder} cannot be one: {error.strerror}. Choose another.") from None
+    return folder
 
 
 def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: bool = False) -> Path | None:
@@ -95,6 +102,16 @@ def prepared(fabric: Fabric, data: LightningDataModule) -> tuple[Sequence[Sample
     if not hasattr(train, "__len__"):
         raise UserError(f"{type(data).__name__} does not say how many samples it has: its data set needs `__len__` and `__getitem__`.")
     return train, [] if val is None else val
+
+
+def digest(samples: Sequence[Sample], n_seen: int = 256) -> str:
+    """Return a short text that differs where the samples do, after some of them."""
+    found = hashlib.sha256(str(len(samples)).encode())
+    for i in range(0, len(samples), max(1, len(samples) // n_seen)):
+        sample = samples[i]
+        for part in sample.values() if isinstance(sample, Mapping) else [sample]:
+            found.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    return found.hexdigest()[:12]
 
 
 # The run
@@ -247,8 +264,23 @@ class Run:
         if feed.stopped:
             self.progress.say(f"Stopping after step {self.step}: `train.max_time` is over.")
 
-    def report(self, final: Path) -> None:
-        """Show what the run took, and where its result is."""
+    def finish(self, final: Path, write: Callable[[dict[str, Tensor]], None]) -> None:
+        """Write the result, and show what the run took. Should writing fail, the state of the last step is saved, and no training is lost.
+
+        Args:
+            final: The folder that `write` makes.
+            write: Makes it of the trained weights. Called on one rank.
+        """
+        weights = self.trained_weights()
+        try:
+            if self.fabric.is_global_zero:
+                write(weights)
+        except Exception:
+            if self.fabric.world_size == 1:
+                with suppress(UserError):  # the disk may have no room for it either
+                    self.progress.say(f"{final} could not be written. The training is saved in {self.save()}: go on with `--resume true`.")
+            raise
+        self.fabric.barrier()
         self.progress.say(f"{report(self.meter)}\nSaved {final}. Talk to it with: litgpt chat {final}")
 
     def trained_weights(self) -> dict[str, Tensor]:

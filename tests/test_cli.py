@@ -457,8 +457,7 @@ def test_data_may_be_a_short_name_an_import_path_a_mapping_or_a_subclass_of_ones
 
 
 def test_the_options_of_a_data_set_are_shown_with_those_it_inherits(capsys):
-    with pytest.raises(SystemExit):
-        run("m", "--data.help", "JSON")
+    assert run("m", "--data.help", "JSON") is None
     text = capsys.readouterr().out
     assert "--data.json_path" in text and "--data.mask_prompt" in text
     assert "Whether only the answers are trained on" in " ".join(text.split())
@@ -487,7 +486,7 @@ def test_what_a_constructor_raises_stays_what_it_is():
     "words, message",
     [
         ("", "`litgpt finetune` needs `checkpoint_dir`."),
-        ("m x", "`litgpt finetune` takes `checkpoint_dir` without a flag, but got 'm x'."),
+        ("m x", "`litgpt finetune` takes `checkpoint_dir` without a flag, but also got 'x'."),
         ("m --train.epochs abc", "`--train.epochs` must be an integer or null, but got 'abc'."),
         ("m --lora_alpha 1.5", "`--lora_alpha` must be an integer, but got '1.5'."),
         ("m --lora_alpha null", "`--lora_alpha` must be an integer, but got 'None'."),
@@ -503,13 +502,13 @@ def test_what_a_constructor_raises_stays_what_it_is():
         ),
         ("m --optimizer.lr abc", "`--optimizer.lr` must be a number or null, but got 'abc'."),
         ("m --optimizer.betas [0.9]", "`--optimizer.betas` must be a list of 2 values, but got '[0.9]'."),
-        ("m --trian.epochs 1", "`litgpt finetune` has no option `--trian.epochs`. Did you mean 'train.epochs'?"),
-        ("m --train.epoks 1", "`litgpt finetune` has no option `--train.epoks`. Did you mean 'train.epochs'?"),
-        ("m --epochs 1", "`litgpt finetune` has no option `--epochs`. Did you mean 'train.epochs'?"),
+        ("m --trian.epochs 1", "`litgpt finetune` has no option `--trian.epochs`. Did you mean '--train.epochs'?"),
+        ("m --train.epoks 1", "`litgpt finetune` has no option `--train.epoks`. Did you mean '--train.epochs'?"),
+        ("m --epochs 1", "`litgpt finetune` has no option `--epochs`. Did you mean '--train.epochs'?"),
         ("m --zzz 1", "`litgpt finetune` has no option `--zzz`. `litgpt finetune -h` lists them."),
         ("m -q", "`litgpt finetune` has no option `-q`. `litgpt finetune -h` lists them."),
-        ("m --seed.x 1", "`litgpt finetune` has no option `--seed.x`. Did you mean 'seed'?"),
-        ("m --devices.x 1", "`litgpt finetune` has no option `--devices.x`. Did you mean 'devices'?"),
+        ("m --seed.x 1", "`litgpt finetune` has no option `--seed.x`. Did you mean '--seed'?"),
+        ("m --devices.x 1", "`litgpt finetune` has no option `--devices.x`. Did you mean '--devices'?"),
         ("m --seed", "`--seed` wants a value. Write `--seed=VALUE` if it begins with dashes."),
         ("m --seed --devices 1", "`--seed` wants a value. Write `--seed=VALUE` if it begins with dashes."),
         ("m --train x", "`--train` wants a mapping or a YAML file, but got 'x'. For one option write `--train.OPTION`."),
@@ -517,12 +516,12 @@ def test_what_a_constructor_raises_stays_what_it_is():
         ("m --data JSON", "`--data litgpt.data.JSON` needs `--data.json_path`."),
         (
             "m --data JSON --data.json_path f --data.json_pth g",
-            "`litgpt finetune` has no option `--data.json_pth`. Did you mean 'data.json_path'?",
+            "`litgpt finetune` has no option `--data.json_pth`. Did you mean '--data.json_path'?",
         ),
         ("m --data JSON --data.json_path f --data.seed x", "`--data.seed` must be an integer, but got 'x'."),
         (
             'm --model_config {"n_layers":3}',
-            "`litgpt finetune` has no option `--model_config.n_layers`. Did you mean 'model_config.n_layer'?",
+            "`litgpt finetune` has no option `--model_config.n_layers`. Did you mean '--model_config.n_layer'?",
         ),
     ],
 )
@@ -552,12 +551,12 @@ def test_a_misspelt_data_set_names_the_known_ones():
         ("optimizer: {class_path: SGD, init_args: 3}", "`--optimizer.init_args` must be a mapping, but got '3'."),
         (
             "data: {class_path: JSON, init_args: {json_path: f, sead: 1}}",
-            "`litgpt finetune` has no option `--data.sead`. Did you mean 'seed'?",
+            "`litgpt finetune` has no option `--data.sead`. Did you mean '--data.seed'?",
         ),
     ],
 )
 def test_a_mistake_in_a_recipe_is_one_sentence(recipe, text, message):
-    assert mistake("m", "--config", recipe(text)).replace("'data.seed'", "'seed'") == message
+    assert mistake("m", "--config", recipe(text)) == message
 
 
 @pytest.mark.parametrize("text, part", [("a: [1", "is not valid YAML"), ("- 1", "A recipe is a mapping"), ("", "A recipe is a mapping")])
@@ -602,7 +601,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(command, capsys):
     assert cli.main(["chat", "m", "--devices", "0"]) == 2
     assert capsys.readouterr() == ("", "litgpt: `devices` has to be 1 or more, but got 0.\n")
     assert cli.main(["chat", "m", "--devise", "0"]) == 2
-    assert capsys.readouterr() == ("", "litgpt: `litgpt chat` has no option `--devise`. Did you mean 'devices'?\n")
+    assert capsys.readouterr() == ("", "litgpt: `litgpt chat` has no option `--devise`. Did you mean '--devices'?\n")
 
 
 @pytest.mark.parametrize("raised, code", [(KeyboardInterrupt(), 130), (SystemExit(3), 3), (SystemExit(), 0), (SystemExit("text"), 1)])

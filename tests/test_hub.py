@@ -1,13 +1,16 @@
 """What is asked of the hub, and what happens when it does not answer as hoped."""
 
 import errno
+import json
+import re
 
 import pytest
 from hub_server import HubServer, commit
 
 from litgpt import hub
+from litgpt.checkpoint import hf_weight_files
 from litgpt.errors import UserError
-from litgpt.hub import NotOnHub, find_repository
+from litgpt.hub import NotOnHub, find_repository, indexed
 
 WEIGHTS = bytes(range(256)) * 2000  # half a megabyte
 
@@ -63,11 +66,24 @@ def test_a_repository_without_weights_is_refused(server, tmp_path):
         find_repository("org/open").weight_files(tmp_path / "out")
 
 
-@pytest.mark.parametrize("index", ["not json", "[]", '{"weight_map": {"w": "../../secret.safetensors"}}'])
+@pytest.mark.parametrize("index", ["not json", "[]", '{"weight_map": ["w"]}', '{"weight_map": {"w": "../../secret.safetensors"}}'])
 def test_a_bad_index_of_weights_is_refused(server, tmp_path, index):
     (tmp_path / "hub" / "org" / "open" / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match="model.safetensors.index.json"):
         find_repository("org/open").weight_files(tmp_path / "out")
+    with pytest.raises(UserError, match="model.safetensors.index.json"):
+        hf_weight_files(tmp_path / "hub" / "org" / "open")
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/secret.bin", "a/b.bin", "..", ".", "", 1, None, ["a.bin"]])
+def test_an_entry_of_an_index_that_is_no_bare_file_name_is_refused_by_both_readers(tmp_path, name):
+    for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = tmp_path / file
+        index.write_text(json.dumps({"weight_map": {"w": name}}))
+        for read in (lambda index=index: indexed(index), lambda index=index: hf_weight_files(index.parent)):
+            with pytest.raises(UserError, match=re.escape(f"{index} names {name!r}, but may only name files that lie beside it")):
+                read()
+        index.unlink()
 
 
 def test_a_download_that_is_cut_off_goes_on_where_it_stopped(server, tmp_path):

@@ -218,6 +218,13 @@ def test_a_cache_refuses_positions_and_segments_beside_it_and_too_many_tokens():
         model(tokens(config, 1, 9), cache=cache)
 
 
+def test_unknown_outputs_and_selections_are_refused():
+    model, config = mixed_model()
+    for wrong in (dict(output="loss"), dict(output="token_nll"), dict(select="first")):
+        with pytest.raises(ValueError, match="but got"):
+            model(tokens(config, 1, 4), **wrong)
+
+
 def test_checkpointed_blocks_have_equal_gradients_and_no_other_names():
     model, config = mixed_model()
     idx = tokens(config, 2, 12)

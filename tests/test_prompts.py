@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -686,3 +687,11 @@ def test_what_ends_an_answer_is_stored_with_the_checkpoint(tmp_path):
     stored = json.loads((folder / "generation_config.json").read_text())
     assert stored == dict(eos_token_id=[2, before.token_to_id("<|im_end|>")], max_length=99)
     assert set(Tokenizer(folder).eos_ids) == set(stored["eos_token_id"])
+
+
+def test_a_template_cannot_fill_the_memory_with_texts_it_keeps():
+    hoard = "{% set ns = namespace(l=[]) %}{% for i in range(50000) %}{% set ns.l = ns.l + [('x' * 8000000) + i | string] %}{% endfor %}"
+    began = time.monotonic()
+    with pytest.raises(UserError, match="chat template"):
+        sandbox.render(hoard)
+    assert time.monotonic() - began < sandbox.MAX_SECONDS, "its work is counted, not only its time"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean
 from litgpt.loss import IGNORED
 from litgpt.prompts import PromptStyle, encode_training, find_prompt_style
@@ -86,11 +87,11 @@ class SFTModule(DataModule):
     prompt_style: str | PromptStyle | None = None
     """How a prompt is written. By default as the checkpoint says: its own prompt style, else its chat template, else `alpaca`."""
     ignore_index: int = IGNORED
-    """The label of tokens that are not trained on."""
+    """The label of tokens that are not trained on. Finetuning always takes -100, whatever this says."""
     seed: int = 42
     """The seed of the split and of the loaders' order."""
     num_workers: int = 0
-    """How many processes put batches together. Samples are encoded beforehand, so that 0 is fastest."""
+    """How many processes the loaders (`train_dataloader`, `val_dataloader`) use. The training scripts put batches together without them."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -113,7 +114,18 @@ class SFTModule(DataModule):
             raise UserError(f"No answer begins within `max_seq_length` {self.max_seq_length}, so there is nothing to train on. Raise it.")
 
     def _style(self) -> PromptStyle:
-        return find_prompt_style(self.tokenizer.checkpoint_dir, self.tokenizer, self.prompt_style, for_instructions=True)
+        folder = self.tokenizer.checkpoint_dir
+        try:
+            config = Config.from_checkpoint(folder)
+        except UserError:  # a tokenizer alone, or that of a model which we cannot run
+            config = None
+        return find_prompt_style(folder, self.tokenizer, self.prompt_style, config=config, for_instructions=True)
+
+
+class Record(dict):
+    """One sample as a file holds it, and `place`, which names that file and where in it."""
+
+    place: str = ""
 
 
 class SFTDataset(Dataset):
@@ -190,7 +202,8 @@ class SFTDataset(Dataset):
             try:
                 encoded = encode_training(self.prompt_style, self.tokenizer, self.messages(index), mask_prompt=self.mask_prompt)
             except UserError as error:
-                raise UserError(f"Sample {index}, {_shown(self.data[index])}: {error}") from None
+                place = getattr(self.data[index], "place", "") or f"Sample {index}, {_shown(self.data[index])}"
+                raise UserError(f"{place}: {error}") from None
             for ids, trained in encoded:
                 if 0 < self.max_seq_length < len(ids):
                     ids, trained = ids[: self.max_seq_length], trained[: self.max_seq_length]
@@ -277,16 +290,23 @@ def split(data: Sequence, fraction: float, seed: int) -> tuple[list, list]:
 
     Args:
         data: What to split.
-        fraction: The share of samples to validate on. At least one sample goes to either side.
+        fraction: The share of samples to validate on; 0 validates on none. Otherwise at least one sample goes to either side.
         seed: Decides which; torch's global generator plays no part.
 
     Raises:
-        UserError: The fraction is not between 0 and 1, or there are fewer than two samples.
+        UserError: The fraction is not in [0, 1), or there are too few samples.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"`val_split_fraction` must lie between 0 and 1, but is {fraction}. Use 0.1 to validate on a tenth of the samples.")
+    if not 0 <= fraction < 1:
+        raise UserError(
+            f"`val_split_fraction` must be at least 0 and below 1, but is {fraction}. Use 0.1 to validate on a tenth of the samples."
+        )
+    if fraction == 0:
+        return list(data), []
     if len(data) < 2:
-        raise UserError(f"There is only {len(data)} sample, and it takes two: one to train on and one to validate on.")
+        raise UserError(
+            f"There is only {len(data)} sample, and it takes two: one to train on and one to validate on. "
+            "Add another, or set `val_split_fraction` to 0 to train without validation."
+        )
     n_val = min(max(1, round(len(data) * fraction)), len(data) - 1)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = set(order[:n_val])

@@ -4,9 +4,8 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from litgpt.data.base import SFTModule, messages_of, split
+from litgpt.data.base import Record, SFTModule, messages_of, split
 from litgpt.errors import MissingFile, UserError, optional
 
 log = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ class JSON(SFTModule):
     json_path: Path
     """A `.json` (a list), `.jsonl` (a sample a line) or `.parquet` file, or a folder with the files `train` and `val` of such a type."""
     val_split_fraction: float | None = None
-    """The share of a single file's samples to validate on. By default 0.05. At least one sample is held out."""
+    """The share of a single file's samples to validate on. By default 0.05. At least one sample is held out, unless it is 0."""
 
     def prepare_data(self) -> None:
         """Check what can be checked at once: that the files are there and belong to one of the two layouts."""
@@ -37,8 +36,9 @@ class JSON(SFTModule):
         if fraction is None:
             fraction = DEFAULT_FRACTION
             log.warning("`val_split_fraction` is not set: validating on %s of %s.", fraction, train)
+        samples = load_split(train)
         try:
-            return split(load_split(train), fraction, self.seed)
+            return split(samples, fraction, self.seed)
         except UserError as error:
             raise UserError(f"{train}: {error}") from None
 
@@ -54,8 +54,8 @@ class JSON(SFTModule):
         return path, None
 
 
-def load_split(json_path: Path) -> list[dict[str, Any]]:
-    """The samples of one file, each checked.
+def load_split(json_path: Path) -> list[Record]:
+    """The samples of one file, each checked. Each knows its place, for what only the prompt style can find wrong with it.
 
     Args:
         json_path: A `.json`, `.jsonl` or `.parquet` file.
@@ -70,12 +70,15 @@ def load_split(json_path: Path) -> list[dict[str, Any]]:
     places, records = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix](path)
     if not records:
         raise UserError(f"{path} is empty: it has no records.")
+    placed = []
     for place, record in zip(places, records):
         try:
             messages_of(record)
         except UserError as error:
             raise UserError(f"{path}, {place}: {error}") from None
-    return records
+        placed.append(Record(record))
+        placed[-1].place = f"{path}, {place}"
+    return placed
 
 
 def _read_json(path: Path) -> tuple[list[str], list]:

@@ -33,7 +33,7 @@ class TextFiles(DataModule):
     seed: int = 42
     """The seed of the loader's order."""
     num_workers: int = 4
-    """How many processes encode large texts, and put batches together."""
+    """How many processes encode large texts. The loaders (`train_dataloader`) use as many, the training scripts none."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -51,17 +51,17 @@ class TextFiles(DataModule):
         files = self._files()
         store = self._store(files[0])
         if len(files) > 1:
-            self.train_dataset = self._windows(store, 0, len(store))
+            self.train_dataset = self._windows(store, 0, len(store), self.train_data_path)
             val = self._store(files[1])
-            self.val_dataset = self._windows(val, 0, len(val))
+            self.val_dataset = self._windows(val, 0, len(val), self.val_data_path)
         else:
             cut = held_out_from(len(store), self.max_seq_length)
-            self.train_dataset = self._windows(store, 0, cut)
-            self.val_dataset = self._windows(store, cut, len(store))
+            self.train_dataset = self._windows(store, 0, cut, self.train_data_path)
+            self.val_dataset = self._windows(store, cut, len(store), self.train_data_path)
 
-    def _windows(self, store: TokenStore, start: int, end: int) -> TokenDataset:
+    def _windows(self, store: TokenStore, start: int, end: int, path: Path) -> TokenDataset:
         if len(store) < FEWEST:
-            raise UserError(f"The texts in {self.train_data_path} have only {len(store)} tokens, which is too few to learn from.")
+            raise UserError(f"The texts in {path} have only {len(store)} tokens, but it takes at least {FEWEST}. Add text.")
         return TokenDataset(store, fitting_length(end - start, self.max_seq_length), start, end)
 
     def _files(self) -> list[list[Path]]:
@@ -140,11 +140,14 @@ def encode_piece(piece: Piece, tokenizer: Tokenizer) -> Encoded:
     """The ids of one piece, and where documents begin in them. BOS stands first if the tokenizer wants one, EOS last if there is one.
 
     Raises:
-        UserError: The file is not UTF-8.
+        UserError: The file cannot be read, or is not UTF-8.
     """
-    with open(piece.path, "rb") as file:
-        file.seek(piece.start)
-        content = file.read(piece.end - piece.start)
+    try:
+        with open(piece.path, "rb") as file:
+            file.seek(piece.start)
+            content = file.read(piece.end - piece.start)
+    except OSError as error:
+        raise UserError(f"{piece.path} cannot be read: {error.strerror}.") from None
     try:
         text = content.decode("utf-8-sig" if piece.is_first else "utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -1,6 +1,5 @@
 """The token store of pretraining: texts encoded once, kept in a memory-mapped file, and read in windows of equal length."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from litgpt.errors import UserError
+from litgpt.errors import UserError, disk_error
 from litgpt.names import PARTIAL, TOKENIZER_FILES
 from litgpt.tokenizer import Tokenizer
 
@@ -30,7 +29,6 @@ INDEX = "index.json"
 TOKENS = "tokens.bin"
 STARTS = "documents.bin"  # int64: where each document begins
 MAX_HELD_OUT = 2**20  # tokens; more of them cost time and say nothing new
-FULL = (errno.ENOSPC, errno.EDQUOT)
 FEW_WINDOWS = 8  # from here on, dropping less than one window does not matter
 
 Encoded = tuple[Sequence[int], Sequence[int]]  # ids, and the places among them where a document begins
@@ -179,7 +177,9 @@ def open_store(
         _fill(unfinished, jobs, encode, vocab_size, num_workers)
         return _publish(unfinished, unfinished.parent / key)
     except OSError as error:
-        raise _no_room(place) if error.errno in FULL else error from None
+        if message := disk_error(error):
+            raise UserError(f"Tokens cannot be written to {unfinished.parent}: {message}") from None
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -189,18 +189,13 @@ def _new_folder(place: Path, spare: Path, name: str) -> Path:
         (place / name).mkdir(parents=True)
         return place / name
     except OSError as error:
-        if error.errno in FULL:
-            raise _no_room(place) from None
         log.warning("%s cannot be written (%s), so the tokens go to %s.", place, error.strerror, spare)
     try:
         (spare / name).mkdir(parents=True)
         return spare / name
     except OSError as error:
-        raise UserError(f"Tokens can be written neither to {place} nor to {spare} ({error.strerror}). Copy the texts elsewhere.") from None
-
-
-def _no_room(place: Path) -> UserError:
-    return UserError(f"There is no room left for the tokens in {place}. Free some space on that disk and start again.")
+        why = disk_error(error) or f"{error.strerror}. Copy the texts elsewhere."
+        raise UserError(f"Tokens can be written neither to {place} nor to {spare}: {why}") from None
 
 
 def _publish(unfinished: Path, target: Path) -> TokenStore:

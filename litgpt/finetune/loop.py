@@ -25,7 +25,7 @@ from litgpt.loss import IGNORED
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
 from litgpt.prompts import PromptStyle, encode_prompt, save_prompt_style, save_stop_tokens
-from litgpt.run import Run, described, prepared, run_folder, sample_length, step_to_resume, write_options
+from litgpt.run import Run, described, digest, prepared, run_folder, sample_length, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, Sample, check_limits, forward_backward, seed_generators
@@ -117,6 +117,8 @@ def finetune(
     resumed = step_to_resume(out_dir, resume, overwrite)
     precision = training_precision(precision, any_frozen=method.freezes)
     folder = find_checkpoint(checkpoint_dir, access_token=access_token)
+    if (folder / names.ADAPTER_CONFIG).is_file() and not (folder / names.CONFIG).is_file():
+        raise UserError(f"{folder} holds the updates of a model, not a model. Merge them first: litgpt merge_lora {folder}")
     hyperparameters |= method.options | {"checkpoint_dir": str(folder)}
 
     logger = choose_logger(logger_name, out_dir, f"finetune-{folder.name}", log)
@@ -138,17 +140,19 @@ def finetune(
 
     extras = partial(write_extras, hyperparameters=hyperparameters, style=getattr(samples, "prompt_style", None), tokenizer=tokenizer)
     side_files = partial(write_side_files, base=base, extras=extras)
-    same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples)}
+    same = {
+        "seed": seed,
+        "train.global_batch_size": train.global_batch_size,
+        "samples": len(samples),
+        "digest of the samples": digest(samples),
+    }
+    same |= method.options
     run = Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files)
     with run:
         run.progress.say(f"Finetuning {base.config.name} with {method.name}: {size}, {len(samples):,} samples.")
         run.begin(resumed, hyperparameters)
         fit(run, samples, val_samples, eval, seed, partial(say_answer, run, tokenizer, shown, eval) if shown else None)
-        weights = run.trained_weights()
-        if fabric.is_global_zero:
-            method.write(out_dir / names.FINAL, weights, base, extras)
-        fabric.barrier()
-        run.report(out_dir / names.FINAL)
+        run.finish(out_dir / names.FINAL, lambda weights: method.write(out_dir / names.FINAL, weights, base, extras))
 
 
 def fit(
@@ -248,7 +252,7 @@ def say_answer(run: Run, tokenizer: Tokenizer, samples: Sequence[Sample], eval: 
 
 def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `finetune` as `hyperparameters.yaml` holds them, and `--config` reads them."""
-    return to_plain({name: value for name, value in arguments.items() if name not in ("method", "access_token")})
+    return to_plain({name: value for name, value in arguments.items() if name not in ("method", "access_token", "resume", "overwrite")})
 
 
 def write_extras(folder: Path, hyperparameters: Mapping[str, Any], style: PromptStyle | None, tokenizer: Tokenizer) -> None:

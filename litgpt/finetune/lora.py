@@ -1,17 +1,15 @@
 """Finetuning with LoRA: the model stays as it is, and small updates beside its layers are trained."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from torch import Tensor
 
 from litgpt import names
-from litgpt.checkpoint import load_model, write_adapter, write_checkpoint
+from litgpt.checkpoint import adapter_writer, load_model, write_checkpoint
 from litgpt.errors import UserError
 from litgpt.finetune.loop import Base, Extras, Method, finetune
 from litgpt.lora import LoRA, add_lora, merge_lora_weights
@@ -76,12 +74,11 @@ def write(folder: Path, weights: Mapping[str, Tensor], base: Base, extras: Extra
     model = load_model(base.folder)  # the one that was trained may hold its frozen weights in fewer bits
     add_lora(model, lora)
     model.load_state_dict(weights, strict=False)
-    with TemporaryDirectory() as adapter:
-        write_adapter(Path(adapter), model, lora, str(base.folder))
-        merge_lora_weights(model)
+    write_adapter = adapter_writer(model, lora, str(base.folder))
+    merge_lora_weights(model)
 
-        def and_adapter(final: Path) -> None:
-            extras(final)
-            shutil.copytree(adapter, final / names.ADAPTER)
+    def with_adapter(final: Path) -> None:
+        extras(final)
+        write_adapter(final / names.ADAPTER)
 
-        write_checkpoint(folder, model.state_dict(), model.config, source=base.folder, extras=and_adapter, overwrite=True)
+    write_checkpoint(folder, model.state_dict(), model.config, source=base.folder, extras=with_adapter, overwrite=True)

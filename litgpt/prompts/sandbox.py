@@ -253,7 +253,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             count = next((value for value in (left, right) if isinstance(value, int)), 1)
             _check_size(_weight(right if isinstance(left, int) else left) * max(count, 1))
         result = super().call_binop(context, operator, left, right)
-        _check_size(len(result) if isinstance(result, (str, list, tuple)) else 0)
+        if isinstance(result, (str, list, tuple)):
+            _check_size(len(result))
+            _budget.get().spend(len(result))  # a loop could keep them all
         return result
 
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
@@ -263,5 +265,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if method is dict or method is Namespace:
             _weight([*args, *kwargs.values()])
         result = super().call(__context, __obj, *args, **kwargs)
-        _check_size(len(result) if isinstance(result, str) else 0)
+        if isinstance(result, str):
+            _check_size(len(result))
+            _budget.get().spend(len(result))
         return result

@@ -21,8 +21,9 @@ def cast_weights(folder: Path, dtype: str) -> None:
         dtype: bfloat16, float16 or float32.
 
     Raises:
-        UserError: The disk is full. The folder is as it was.
+        UserError: The disk is full, or an index names files that do not lie beside it. The folder is as it was.
     """
+    replaced = [*hf_weight_files(folder), folder / names.SAFETENSORS_INDEX, folder / names.BIN_INDEX]
     written = folder / f"cast{names.PARTIAL}"
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir()
@@ -34,7 +35,7 @@ def cast_weights(folder: Path, dtype: str) -> None:
         if message := disk_error(error):
             raise UserError(f"The weights could not be stored as {dtype}: {message}") from error
         raise
-    for file in (*hf_weight_files(folder), folder / names.SAFETENSORS_INDEX, folder / names.BIN_INDEX):
+    for file in replaced:
         file.unlink(missing_ok=True)
     for file in written.iterdir():
         file.rename(folder / file.name)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint import load_model, write_checkpoint
+from litgpt.checkpoint import described_by, load_model, write_checkpoint
 from litgpt.scripts.download import find_checkpoint
 
 
@@ -17,5 +17,6 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
     """
     folder = find_checkpoint(checkpoint_dir, needs_tokenizer=False)
     model = load_model(folder)
-    write_checkpoint(output_dir, model.state_dict(), model.config, source=folder)
+    model.config.to_hf()  # raises where no family of Hugging Face's has such a model
+    write_checkpoint(output_dir, model.state_dict(), model.config, source=described_by(folder))
     print(f"Saved {output_dir}.")

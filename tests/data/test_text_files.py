@@ -63,6 +63,22 @@ def test_a_text_of_next_to_nothing_is_refused(tmp_path, tokenizer):
         module(tmp_path, tokenizer)
 
 
+def test_validation_texts_of_next_to_nothing_are_named(tmp_path, tokenizer):
+    (tmp_path / "t.txt").write_text("to train on")
+    (tmp_path / "tiny.txt").write_text("x")
+    with pytest.raises(UserError) as caught:
+        module(tmp_path / "t.txt", tokenizer, val_data_path=tmp_path / "tiny.txt")
+    assert str(caught.value) == f"The texts in {tmp_path / 'tiny.txt'} have only 2 tokens, but it takes at least 4. Add text."
+
+
+def test_a_text_that_cannot_be_read_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("text")
+    piece = cut_up(tmp_path / "a.txt")[0]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"a\.txt cannot be read: No such file"):
+        encode_piece(piece, tokenizer)
+
+
 def test_validation_texts_are_read_from_their_own_folder(tmp_path, tokenizer):
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "v.txt").write_text("to validate on")

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -7,7 +8,7 @@ import torch
 
 from litgpt.data import tokens
 from litgpt.data.tokens import TokenDataset, TokenStore, fitting_length, held_out_from, open_store, store_key
-from litgpt.errors import UserError
+from litgpt.errors import UserError, disk_error
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [], [6, 7, 8, 9], [10]]
 FLAT = [i for document in DOCUMENTS for i in document]
@@ -64,14 +65,26 @@ def test_nothing_is_left_of_a_store_that_could_not_be_finished(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES])
+def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, number):
     def full(descriptor):
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="no room left"):
+    with pytest.raises(UserError) as caught:
         build(tmp_path)
+    assert str(caught.value) == f"Tokens cannot be written to {tmp_path}: {disk_error(OSError(number, ''))}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_of_the_system_stays_what_it_is(tmp_path, monkeypatch):
+    def broken(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        build(tmp_path)
+    assert not isinstance(caught.value, UserError)
 
 
 def test_the_faster_of_two_builders_wins_and_both_read_its_store(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from finetune.run_and_kill import at_call, run_and_kill, run_on_ranks
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -345,3 +346,38 @@ def test_texts_are_refused(run, tmp_path: Path):
     (tmp_path / "text.txt").write_text("A text has no answers. " * 100)
     with pytest.raises(UserError, match="litgpt pretrain"):
         run(data=TextFiles(train_data_path=tmp_path / "text.txt", num_workers=0))
+
+
+def test_a_run_is_resumed_with_its_own_settings_only(run, base: Path, samples: Path):
+    train = dict(max_steps=2, save_interval=1)
+    run(train=train)
+    for other in (dict(lora_alpha=99), dict(seed=1), dict(data=JSON(samples, val_split_fraction=0.2, seed=7))):
+        with pytest.raises(UserError, match="Resume with the data and flags of that run"):
+            run(train=dict(max_steps=3, save_interval=1), resume=True, **other)
+
+
+def test_the_stored_options_repeat_a_run_and_neither_resume_nor_delete_one(run, tmp_path: Path):
+    train = dict(max_steps=2, save_interval=1)
+    run(train=train)
+    options = yaml.safe_load((run(train=train, resume=True, overwrite=True) / "final" / "hyperparameters.yaml").read_text())
+    assert not {"resume", "overwrite", "access_token"} & options.keys() and options["train"]["max_steps"] == 2
+
+
+def test_no_training_is_lost_if_the_result_cannot_be_written(run, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "final.tmp").write_text("in the way")
+    with pytest.raises(FileExistsError):
+        run(train=dict(max_steps=2))
+    assert "--resume true" in capsys.readouterr().out
+    (tmp_path / "out" / "final.tmp").unlink()
+    assert (run(train=dict(max_steps=2), resume=True) / "final" / "model.safetensors").is_file()
+
+
+def test_a_folder_that_cannot_be_written_into_and_an_adapter_are_refused(run, tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    for out_dir in ("file", "file/below"):
+        with pytest.raises(UserError, match="`out_dir` is a folder"):
+            run(out_dir=out_dir)
+    adapter = run(train=dict(max_steps=1)) / "final" / "adapter"
+    with pytest.raises(UserError, match="litgpt merge_lora"):
+        run(out_dir="again", checkpoint_dir=adapter)

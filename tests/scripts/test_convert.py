@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from litgpt import cli
+from litgpt.checkpoint import write_adapter, write_checkpoint
 from litgpt.families import FAMILIES
 from litgpt.lora import LoRA, LoRALinear, add_lora, merge_lora_weights
+from litgpt.model import GPT
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -123,8 +126,36 @@ def test_a_run_whose_head_was_tuned_is_merged_with_a_head_of_its_own(tmp_path):
     idx = torch.randint(10, (1, 9))
     expected = model.eval()(idx)
     merge_lora_weights(model)
-    from litgpt.checkpoint import write_checkpoint
-
     write_checkpoint(tmp_path / "merged", model.state_dict(), model.config, source=tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(again(idx).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_peft_adapter_becomes_a_complete_folder(tmp_path):
+    model, _ = checkpoint(tmp_path / "base")
+    settings = LoRA(r=2, dropout=0.0)
+    add_lora(model, settings)
+    torch.nn.init.normal_(model.transformer.h[0].attn.qkv.lora_B)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", model, settings, str(tmp_path / "base"))
+    assert cli.main(["convert_from_litgpt", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    idx = torch.randint(10, (1, 9))
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(idx).logits, model.eval()(idx), rtol=0, atol=1e-5)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_model_that_no_family_expresses_is_not_exported(tmp_path, capsys):
+    config = replace(tiny_config("llama"), norm_class_name="LayerNorm")
+    write_checkpoint(tmp_path / "own", GPT(config).state_dict(), config)
+    capsys.readouterr()
+    assert cli.main(["convert_from_litgpt", str(tmp_path / "own"), str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_folder_may_be_written_into_the_one_that_one_stands_in(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "base")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["convert_from_litgpt", "../base", "."]) == 0
+    assert (tmp_path / "here" / "config.json").is_file()

