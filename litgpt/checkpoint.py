@@ -81,6 +81,8 @@ def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class
             f"{where} holds {len(extra)} weights that the model its config describes does not have, first {extra[0]!r}. {AGAIN}"
         )
     for name, parameter in expected.items():
+        if not weights[name].is_floating_point() or weights[name].layout != torch.strided:
+            raise UserError(f"In {where} the weight {name!r} is of the type {weights[name].dtype}, not of floating-point numbers. {AGAIN}")
         if weights[name].shape != parameter.shape:
             shapes = f"{tuple(weights[name].shape)} and the config makes it {tuple(parameter.shape)}"
             raise UserError(f"In {where} the shape of {name!r} is {shapes}. {AGAIN}")
@@ -104,7 +106,7 @@ def read_weights(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
         stream = (pair for file in files for pair in _read_file(file))
         yield from translate(dequantized(stream, None), config.rules, config, to_ours=True)
     elif (file := folder / names.LIT_WEIGHTS).is_file():
-        yield from _modern(_unwrapped(_load_pickle(file)), config)
+        yield from _modern(_unwrapped(file), config)
     elif (folder / names.RUN_STATE / names.STATE).is_file():
         yield from _read_step(folder)
     else:
@@ -125,7 +127,7 @@ def read_raw(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if files := hf_weight_files(folder):
         yield from (pair for file in files for pair in _read_file(file))
     elif (folder / names.LIT_WEIGHTS).is_file():
-        yield from _unwrapped(_load_pickle(folder / names.LIT_WEIGHTS)).items()
+        yield from _unwrapped(folder / names.LIT_WEIGHTS).items()
     elif (folder / names.RUN_STATE / names.STATE).is_file():
         yield from _read_step(folder)
     else:
@@ -166,7 +168,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix != ".safetensors":
-        yield from _unwrapped(_load_pickle(file)).items()
+        yield from _unwrapped(file).items()
         return
     with _opened(file) as opened:
         for name in opened.keys():  # noqa: SIM118
@@ -219,11 +221,12 @@ def _load_pickle(file: Path) -> Any:
         raise UserError(f"{file} is damaged or no file of torch.save ({type(error).__name__}). Download or write it again.") from None
 
 
-def _unwrapped(loaded: Any) -> dict[str, Tensor]:
-    """Return the weights in what a `.pth` file holds: plain, under "model", or with the prefix of a compiled model."""
+def _unwrapped(file: Path) -> dict[str, Tensor]:
+    """Return the weights that a file of `torch.save` holds: plain, under "model", or with the prefix of a compiled model."""
+    loaded = _load_pickle(file)
     weights = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError("A weight file holds a dictionary of tensors, plain or under the key 'model', but this one does not.")
+    if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()):
+        raise UserError(f"{file} must hold a dictionary of names and tensors, plain or under 'model', but does not. Write it again.")
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
 
 
@@ -293,7 +296,7 @@ def load_lora(
     if unknown := settings.keys() - {field.name for field in fields(LoRA)}:
         raise UserError(f"{folder / names.HYPERPARAMETERS} holds `lora_{min(unknown)}`, which is no option of LoRA. Remove it.")
     add_lora(model, LoRA(**settings))
-    stored = _unwrapped(_load_pickle(folder / names.LIT_LORA)) if (folder / names.LIT_LORA).is_file() else dict(read_raw(folder))
+    stored = _unwrapped(folder / names.LIT_LORA) if (folder / names.LIT_LORA).is_file() else dict(read_raw(folder))
     updates = {name: tensor for name, tensor in _modern(stored, model.config) if lora_filter(name, tensor) and "/" not in name}
     expected = {name: parameter for name, parameter in model.named_parameters() if lora_filter(name, parameter)}
     if updates.keys() != expected.keys() or any(updates[name].shape != expected[name].shape for name in updates):

@@ -335,7 +335,7 @@ def rewritten(options: Options, argv: list[str], recipe: Mapping[str, Any]) -> l
     fields.append(dict(zip(options.positionals, positionals)))
     merged = merged_recipe(options, [*layers, *groups, *fields])
     flags.sort(key=lambda flag: flag[0].count("."))  # a class before its arguments
-    return [f"--config={json.dumps(merged, default=str)}", *(f"--{name}={value}" for name, value in flags)]
+    return [f"--config={json.dumps(merged, default=str, ensure_ascii=False)}", *(f"--{name}={value}" for name, value in flags)]
 
 
 def merged_recipe(options: Options, layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -442,6 +442,10 @@ def _complete(config: Any) -> None:
     config.n_query_groups = config.n_query_groups or config.n_head
     if config.n_head % config.n_query_groups:
         raise UserError(f"`n_head` is a multiple of `n_query_groups`, but got {config.n_head} and {config.n_query_groups}.")
+    if (n := int(config.rotary_percentage * config.head_size)) % 2:
+        raise UserError(
+            f"The rotated share of a head has pairs of features, but `head_size` {config.head_size} rotates {n}. Choose an even number."
+        )
     if config.intermediate_size is None:
         if config.mlp_class_name == "LLaMAMLP":
             raise UserError("`mlp_class_name` is 'LLaMAMLP', which needs an `intermediate_size`, but that is not given.")

@@ -36,6 +36,7 @@ class Precision:
     trained: torch.dtype
 
 
+MAX_CPU_PROCESSES = 8  # more than there are processors are of use only for trying things out
 PRECISIONS = {
     "32-true": Precision("32-true", torch.float32, torch.float32),
     "bf16-mixed": Precision("bf16-mixed", torch.float32, torch.float32),
@@ -117,6 +118,8 @@ def launch_fabric(
         raise UserError(f"`num_nodes` is a positive number, but got {num_nodes}.")
     if device.type != "cpu" and n_local > torch.accelerator.device_count():
         raise UserError(f"`devices` is {n_local}, but this machine has {torch.accelerator.device_count()}.")
+    if device.type == "cpu" and n_local > max(MAX_CPU_PROCESSES, os.cpu_count() or 1):
+        raise UserError(f"`devices` is {n_local}, but this machine has no GPU and {os.cpu_count()} processors. Use 1 or auto.")
     world = n_local * num_nodes
     if tensor_parallel < 1 or world % tensor_parallel:
         raise UserError(f"`tensor_parallel` must divide the number of processes, but {tensor_parallel} does not divide {world}.")

@@ -62,11 +62,14 @@ def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: b
         found = folder if (folder / names.RUN_STATE / names.STATE).is_file() else latest_step(folder)
         if found is None:
             raise MissingFile(f"`resume` names {folder}, which is no step of a run and holds none, such as {names.STEP.format(100)}.")
-        return found
+        if found.absolute().parent == out_dir.absolute():
+            return found
+    else:
+        found = None
     if (results := results_in(out_dir)) and not overwrite:
         ways = "Go on from its last step with `--resume true`, start over with `--overwrite true`, or choose another `--out_dir`."
         raise UserError(f"{out_dir} already holds a run ({results[-1].name}). {ways}")
-    return None
+    return found
 
 
 def results_in(out_dir: Path, unfinished: bool = False) -> list[Path]:

@@ -288,7 +288,10 @@ class _HuggingFace:
         return self.processor.id_to_token(token_id) if token_id >= 0 else None
 
     def encode(self, string: str) -> tuple[list[int], Offsets]:
-        encoding = self.processor.encode(string, add_special_tokens=False)
+        try:
+            encoding = self.processor.encode(string, add_special_tokens=False)
+        except TypeError:  # raised for surrogates, which stand for bytes that are no UTF-8
+            raise UserError(f"{string[:40]!r} holds characters that are no text. Write it in UTF-8.") from None
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:

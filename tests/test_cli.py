@@ -671,3 +671,8 @@ def test_an_optimizer_is_a_name_a_class_path_or_fields():
     assert optimizer_fields("SGD") == {"name": "SGD"}
     assert optimizer_fields({"class_path": "a.B", "init_args": {"lr": 1.0, "x": 2}}) == {"name": "a.B", "lr": 1.0, "init_args": {"x": 2}}
     assert optimizer_fields({"lr": 1.0, "betas": None}) == {"lr": 1.0}
+
+
+def test_recipes_and_paths_may_hold_any_character(recipe):
+    assert str(run("--config", recipe("checkpoint_dir: u/🦙\n"))["checkpoint_dir"]) == "u/🦙"
+    assert str(run("u/🦙")["checkpoint_dir"]) == "u/🦙"

@@ -291,3 +291,8 @@ def test_what_litgpt_cannot_express_is_not_written_for_it():
     ):
         with pytest.raises(UserError, match=f"LitGPT cannot express this config, whose `{field}"):
             tiny_config("llama", **changes).to_litgpt()
+
+
+def test_an_odd_number_of_rotated_features_is_refused():
+    with pytest.raises(UserError, match="rotates 7"):
+        Config(n_embd=28, n_head=4, rotary_percentage=1.0)

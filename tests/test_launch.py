@@ -23,6 +23,7 @@ import workers
         (dict(devices=0), "`devices` is a positive number"),
         (dict(num_nodes=0), "`num_nodes`"),
         (dict(strategy="fdsp"), "Did you mean 'fsdp'"),
+        ({"devices": 99}, "`devices` is 99"),
         (dict(devices=3, tensor_parallel=2), "2 does not divide 3"),
         (dict(cpu_offload=True), "a part of `--strategy fsdp`"),
         (dict(precision="16-mixed", strategy="fsdp"), "does not run with FSDP"),

@@ -695,3 +695,17 @@ def test_a_template_cannot_fill_the_memory_with_texts_it_keeps():
     with pytest.raises(UserError, match="chat template"):
         sandbox.render(hoard)
     assert time.monotonic() - began < sandbox.MAX_SECONDS, "its work is counted, not only its time"
+
+
+@pytest.mark.parametrize("template", ["{{ lipsum(3000000) }}", "{{ 1 | round(30000000, 'ceil') }}{{ x }}" * 2 + "{{ nothing() }}"])
+def test_no_function_of_a_template_runs_past_its_time(template):
+    began = time.monotonic()
+    with pytest.raises(UserError):
+        sandbox.render(template)
+    assert time.monotonic() - began < 2
+
+
+def test_characters_that_are_no_text_are_refused(tmp_path):
+    tokenizer = Tokenizer(write(tmp_path, "byte_level"))
+    with pytest.raises(UserError, match="UTF-8"):
+        tokenizer.encode("\ud83d")

@@ -245,8 +245,8 @@ def _save(conversation: Conversation, name: str) -> None:
         return
     try:
         conversation.save(Path(name).expanduser())
-    except OSError as error:
-        print(f"{name} could not be written: {error.strerror or error}.")
+    except (OSError, RuntimeError) as error:  # a home folder that is not known is a RuntimeError
+        print(f"{name} could not be written: {getattr(error, 'strerror', None) or error}.")
     else:
         print(f"Saved {len(conversation.messages)} messages to {name}.")
 

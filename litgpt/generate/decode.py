@@ -259,6 +259,11 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: Cache) -> Tenso
         prompts: What the rows 0, 1, ... of the cache have not seen yet, at least one token each.
         cache: The memory of the rows.
     """
+    known = model.config.padded_vocab_size
+    if (highest := max(token for prompt in prompts for token in prompt)) >= known:
+        raise UserError(
+            f"The prompt has the token id {highest}, but the model knows {known} tokens. Use the tokenizer it was trained with."
+        )
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     for start in range(0, max(map(len, prompts)), cache.chunk):
         pieces = {row: prompt[start : start + cache.chunk] for row, prompt in enumerate(prompts) if len(prompt) > start}

@@ -226,6 +226,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters["_ticking"] = jinja2.pass_context(lambda _, items, work: _ticking(items, work))
         self.filters["_joined"] = jinja2.pass_context(lambda _, values: "".join(map(str, values)) if _weight(values) else "")
         self.filters["_weighed"] = jinja2.pass_context(lambda _, value: value if _weight(value) else value)
+        for name in ("lipsum", "cycler"):
+            self.globals.pop(name)  # write as much as they are told to, at once
+        self.filters["round"] = lambda value, precision=0, method="common": jinja2.filters.do_round(value, min(int(precision), 20), method)
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 

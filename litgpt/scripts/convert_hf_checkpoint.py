@@ -1,5 +1,6 @@
 """Write LitGPT's own layout beside a checkpoint."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,13 +38,14 @@ def convert_hf_checkpoint(
     described = yaml.safe_dump(model.config.to_litgpt(), sort_keys=False)
     partial = folder / (names.LIT_WEIGHTS + names.PARTIAL)
     try:
-        torch.save(weights, partial)
+        with open(partial, "wb") as file:  # one of Python's, whose errors name the disk's
+            torch.save(weights, file)
         partial.replace(folder / names.LIT_WEIGHTS)
         (folder / names.LIT_CONFIG).write_text(described)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        message = disk_error(cause) if cause is not None else None
+        with suppress(OSError):
+            partial.unlink()
+        message = next((text for cause in (error, error.__context__) if cause is not None and (text := disk_error(cause))), None)
         if message is None:
             raise
         raise UserError(f"{folder / names.LIT_WEIGHTS} could not be written: {message}") from error

@@ -22,6 +22,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = No
         precision: The type of the merged weights: `32-true`, `bf16-true` or `16-true`. By default that of the pretrained model.
     """
     folder = next((path for path in (checkpoint_dir, Path(names.CHECKPOINTS) / checkpoint_dir) if path.is_dir()), None)
+    folder = folder.absolute() if folder is not None else None
     if folder is None:
         raise MissingFile(f"There is no folder {str(checkpoint_dir)!r}, neither here nor in {names.CHECKPOINTS}/.")
     if not has_lora(folder):
@@ -33,7 +34,7 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = No
     model, base = load_lora(folder, base)
     merge_lora_weights(model)
     dtype = products_dtype(precision) if precision is not None else stored_dtype(base)
-    merged = folder.with_name(folder.name + ".merged")
+    merged = folder / "merged"  # its files are moved up when all of them are written
     write_checkpoint(
         merged, model.state_dict(), model.config, source=folder, dtype=dtype, extras=lambda to: copy_side_files(base, to), overwrite=True
     )

@@ -381,3 +381,11 @@ def test_a_folder_that_cannot_be_written_into_and_an_adapter_are_refused(run, tm
     adapter = run(train=dict(max_steps=1)) / "final" / "adapter"
     with pytest.raises(UserError, match="litgpt merge_lora"):
         run(out_dir="again", checkpoint_dir=adapter)
+
+
+def test_another_runs_step_does_not_replace_a_run(run, tmp_path: Path):
+    train = dict(max_steps=2, save_interval=1)
+    run(out_dir="a", train=train)
+    run(out_dir="b", train=train)
+    with pytest.raises(UserError, match="already holds a run"):
+        run(out_dir="a", train=train, resume=tmp_path / "b" / "step-000001")

@@ -159,3 +159,26 @@ def test_a_folder_may_be_written_into_the_one_that_one_stands_in(tmp_path, monke
     monkeypatch.chdir(tmp_path / "here")
     assert cli.main(["convert_from_litgpt", "../base", "."]) == 0
     assert (tmp_path / "here" / "config.json").is_file()
+
+
+def test_merging_leaves_the_folders_beside_it_alone_and_takes_the_one_it_stands_in(tmp_path, monkeypatch):
+    model, _ = checkpoint(tmp_path / "base")
+    model, options = tuned(model)
+    (tmp_path / "run.merged").mkdir()
+    (tmp_path / "run.merged" / "precious").touch()
+    (tmp_path / "run").mkdir()
+    torch.save({n: t for n, t in model.state_dict().items() if "lora_" in n}, tmp_path / "run" / "lit_model.pth.lora")
+    (tmp_path / "run" / "hyperparameters.yaml").write_text(yaml.safe_dump(dict(checkpoint_dir=str(tmp_path / "base"), **options)))
+    monkeypatch.chdir(tmp_path / "run")
+    assert cli.main(["merge_lora", "."]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file() and not (tmp_path / "run" / "merged").exists()
+    assert (tmp_path / "run.merged" / "precious").exists()
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_litgpts_weights(tmp_path, capsys):
+    checkpoint(tmp_path / "base")
+    (tmp_path / "base" / "lit_model.pth.tmp").symlink_to("/dev/full")  # every write to it finds no space
+    capsys.readouterr()
+    assert cli.main(["convert_to_litgpt", str(tmp_path / "base")]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert not list((tmp_path / "base").glob("lit_model*"))
