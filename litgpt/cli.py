@@ -136,12 +136,22 @@ def run(function: Callable[..., Any], command: str, argv: list[str], recipe: Map
         arguments = parser.parse_args(words)
     except ArgumentError as error:
         raise UserError(explained(str(error), options)) from None
+    refuse_null(parser, arguments)
     del arguments["config"]
     try:
         ready = parser.instantiate(arguments, instantiators=[(construct, object, True)])
     except ConstructorFailed as failed:
         raise failed.args[0] from None
     return function(**vars(ready))
+
+
+def refuse_null(parser: ArgumentParser, arguments: Mapping[str, Any]) -> None:
+    """Raise a UserError for an option that is null and may not be, which jsonargparse lets pass in a recipe."""
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if isinstance(hint, type) and action.dest in arguments and arguments[action.dest] is None:
+            kind = TYPES.get(hint.__name__, hint.__name__)
+            raise UserError(f"`--{action.dest}` must be {kind}, but got null. Leave it out for its default.")
 
 
 def make_parser(function: Callable[..., Any], command: str) -> ArgumentParser:

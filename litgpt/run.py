@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 import yaml
@@ -25,6 +25,11 @@ from litgpt.metrics import Meter, ProgressLine, report, validation_values
 from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
 from litgpt.run_state import latest_step, load_run_state, save_run_state, saved_parameters
 from litgpt.training import Feed, Limits, Sample, StopRequest, take_step, validate, validation_microbatches
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 # The run's folder
 
@@ -164,9 +169,11 @@ class Run:
         self.meter = Meter(limits.max_steps)
         self.progress = ProgressLine(limits.max_steps, shown=fabric.is_global_zero)
         self.stop = StopRequest()
+        self.lock: IO[str] | None = None
         self.validated: int | None = None  # the last step after which all samples were
 
     def __enter__(self) -> Self:
+        self._lock()
         self.stop.__enter__()
         self.progress.__enter__()
         return self
@@ -174,6 +181,19 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         self.progress.__exit__(*error)
         self.stop.__exit__(*error)
+        if self.lock is not None:
+            self.lock.close()
+
+    def _lock(self) -> None:
+        """Refuse a folder that another run writes into. The lock is gone when this program ends, however it does."""
+        if not self.fabric.is_global_zero or fcntl is None:
+            return
+        (self.out_dir / "logs").mkdir(exist_ok=True)
+        self.lock = open(self.out_dir / "logs" / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"Another run is writing into {self.out_dir}. Wait for it, or choose another `--out_dir`.") from None
 
     @property
     def step(self) -> int:

@@ -1,4 +1,4 @@
-"""What `-h` and `--data.help` show."""
+"""What `-h` and `--data.help` show, and what a recipe may leave empty."""
 
 import inspect
 import re
@@ -94,3 +94,10 @@ def test_surplus_words_alone_are_quoted(capsys):
 def test_null_as_the_interval_of_saving_is_described_as_it_is():
     source = inspect.getsource(TrainArgs)
     assert "null saves no steps." in source and "save_interval" in {field.name for field in fields(TrainArgs)}
+
+
+@pytest.mark.parametrize("line", ["temperature: null", "max_new_tokens: null"])
+def test_null_in_a_recipe_is_refused_where_it_means_nothing(capsys, tmp_path, line):
+    (tmp_path / "recipe.yaml").write_text(f"checkpoint_dir: m\n{line}\n")
+    assert cli.main(["generate", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert f"`--{line.split(':')[0]}` must be" in capsys.readouterr().err

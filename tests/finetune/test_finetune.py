@@ -1,4 +1,5 @@
 import csv
+import fcntl
 import json
 import math
 import os
@@ -389,3 +390,12 @@ def test_another_runs_step_does_not_replace_a_run(run, tmp_path: Path):
     run(out_dir="b", train=train)
     with pytest.raises(UserError, match="already holds a run"):
         run(out_dir="a", train=train, resume=tmp_path / "b" / "step-000001")
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(run, tmp_path: Path):
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    with open(tmp_path / "out" / "logs" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another run is writing"):
+            run(train=dict(max_steps=1))
+    assert (run(train=dict(max_steps=1)) / "final").is_dir()
