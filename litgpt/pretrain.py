@@ -115,7 +115,7 @@ def setup(
 
     side_files = partial(write_side_files, origin=origin, dtype=dtype, hyperparameters=hyperparameters)
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples), "tokens of a sample": length}
-    same["digest of the samples"] = digest(samples)
+    same |= {"digest of the samples": digest(samples), "optimizer.name": optimizer.name, "precision": precision}
     with Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files) as run:
         batch = f"{train.global_batch_size:,} of {len(samples):,} samples of {length:,} tokens in a step"
         run.progress.say(f"Pretraining {origin.config.name}: {size}, {batch}.")

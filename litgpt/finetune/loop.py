@@ -146,7 +146,7 @@ def finetune(
         "samples": len(samples),
         "digest of the samples": digest(samples),
     }
-    same |= method.options
+    same |= method.options | {"optimizer.name": optimizer.name, "precision": precision}
     run = Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files)
     with run:
         run.progress.say(f"Finetuning {base.config.name} with {method.name}: {size}, {len(samples):,} samples.")

@@ -352,7 +352,12 @@ def test_texts_are_refused(run, tmp_path: Path):
 def test_a_run_is_resumed_with_its_own_settings_only(run, base: Path, samples: Path):
     train = dict(max_steps=2, save_interval=1)
     run(train=train)
-    for other in (dict(lora_alpha=99), dict(seed=1), dict(data=JSON(samples, val_split_fraction=0.2, seed=7))):
+    for other in (
+        dict(lora_alpha=99),
+        dict(seed=1),
+        dict(optimizer=OptimizerArgs(name="RMSprop")),
+        dict(data=JSON(samples, val_split_fraction=0.2, seed=7)),
+    ):
         with pytest.raises(UserError, match="Resume with the data and flags of that run"):
             run(train=dict(max_steps=3, save_interval=1), resume=True, **other)
 
