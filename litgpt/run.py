@@ -295,6 +295,10 @@ class Run:
             write: Makes it of the trained weights. Called on one rank.
         """
         weights = self.trained_weights()
+        if bad := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+            raise UserError(
+                f"After step {self.step} the weight {bad[0]!r} is no longer finite. Lower `--optimizer.lr`, or clip with `train.max_norm`."
+            )
         try:
             if self.fabric.is_global_zero:
                 write(weights)

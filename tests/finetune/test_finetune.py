@@ -404,3 +404,9 @@ def test_a_folder_that_another_run_writes_into_is_refused(run, tmp_path: Path):
         with pytest.raises(UserError, match="Another run is writing"):
             run(train=dict(max_steps=1))
     assert (run(train=dict(max_steps=1)) / "final").is_dir()
+
+
+def test_weights_that_are_not_finite_are_not_written(run, tmp_path: Path):
+    with pytest.raises(UserError, match="no longer finite"):
+        run("full", train=dict(max_steps=1, lr_warmup_steps=0, save_interval=None), eval=dict(final_validation=False), lr=1e39)
+    assert not (tmp_path / "out" / "final").exists()
