@@ -288,7 +288,7 @@ class Run:
             self.progress.say(f"Stopping after step {self.step}: `train.max_time` is over.")
 
     def finish(self, final: Path, write: Callable[[dict[str, Tensor]], None]) -> None:
-        """Write the result, and show what the run took. Should writing fail, the state of the last step is saved, and no training is lost.
+        """Write the result, and show what the run took. Should writing fail on one device, the last step is saved, if the disk has room.
 
         Args:
             final: The folder that `write` makes.
