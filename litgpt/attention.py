@@ -49,10 +49,12 @@ class Mask(NamedTuple):
 class Context:
     """What every layer needs to know about the tokens of one call."""
 
-    rotation: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, T, 1, n)
+    rotations: dict[int | None, tuple[Tensor, Tensor] | None]  # cosines and sines, (B or 1, T, 1, n), by the kind of angles
     masks: dict[int | None, Mask]  # by window
     tokens: Tensor | None = None  # (B, T), False where a position is padding; None if there is none
     ids: Tensor | None = None  # (B, T), the segment of every token
+    positions: Tensor | None = None  # (T,) or (B, T)
+    query_scale: Tensor | None = None  # (B or 1, T, 1, 1), what queries of far positions are multiplied by
     span: Span | None = None
     pieces: list[tuple[slice, "Context"]] | None = None  # packed tokens, segment by segment
 
@@ -79,17 +81,17 @@ def new_context(
     elif segments is not None:
         positions = segments.positions
     places = torch.arange(T, device=device) if positions is None else positions
-    rotation = rope.rotation(places, T if span is None else span.cache.length, dtype)
-    context = Context(rotation, {}, span=span)
+    rotations = rope.rotations(places, T if span is None else span.cache.length, dtype)
+    context = Context(rotations, {}, span=span, positions=places, query_scale=rope.query_scale(places, dtype))
     if span is not None and span.packed:
-        context.pieces = [(at, Context(None, {w: cached_mask(piece, w) for w in windows}, span=piece)) for at, piece in span.pieces()]
+        context.pieces = [(at, Context({}, {w: cached_mask(piece, w) for w in windows}, span=piece)) for at, piece in span.pieces()]
     elif span is not None:
         context.tokens = span.positions >= 0 if span.padded else None
         context.masks = {w: cached_mask(span, w) for w in windows}
     elif segments is not None and segments.lengths is not None:
         starts = [0, *accumulate(segments.lengths)]
         spans = zip(starts[:-1], starts[1:], strict=True)
-        context.pieces = [(slice(a, b), Context(None, {w: causal_mask(b - a, w, device) for w in windows})) for a, b in spans]
+        context.pieces = [(slice(a, b), Context({}, {w: causal_mask(b - a, w, device) for w in windows})) for a, b in spans]
     elif positions is None:
         context.masks = {w: causal_mask(T, w, device) for w in windows}
     else:
@@ -131,20 +133,73 @@ def cached_mask(span: Span, window: int | None) -> Mask:
     return Mask(visible(span.positions, held, window))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context, state: KeyValues | None) -> Tensor:
-    """Return what each query gathers from the keys it sees, (B, T, H, D); k and v are (B, T, G, D)."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    context: Context,
+    state: KeyValues | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return what each query gathers from the keys it sees, (B, T, H, E).
+
+    Args:
+        q: Queries, (B, T, H, D).
+        k: Keys, (B, T, G, D); each is shared by H / G query heads.
+        v: Values, (B, T, G, E).
+        window: How many tokens a query sees; None if all before it.
+        context: Of this call.
+        state: The layer's keys and values of earlier calls.
+        scale: Of the scores; by default the inverse root of D.
+        softcap: Scores s become c tanh(s / c).
+        sinks: For each head a score that competes with those of all keys and stands for none, (H,).
+    """
     if state is not None:
         state.write(k, v, context.span)
+    how = (scale, softcap, sinks)
     if context.pieces is None:
-        return _look(q, k, v, window, context, state)
-    return torch.cat([_look(q[:, at], k[:, at], v[:, at], window, piece, state) for at, piece in context.pieces], dim=1)
+        return _look(q, k, v, window, context, state, *how)
+    return torch.cat([_look(q[:, at], k[:, at], v[:, at], window, piece, state, *how) for at, piece in context.pieces], dim=1)
 
 
-def _look(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context, state: KeyValues | None) -> Tensor:
+def _look(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    context: Context,
+    state: KeyValues | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     k, v = (k.transpose(1, 2), v.transpose(1, 2)) if state is None else state.read(context.span)  # (B, G, S, D)
     mask, (B, T, H, D) = context.masks[window], q.shape
+    if softcap is not None or sinks is not None:
+        return _weighted(q, k, v, mask, D**-0.5 if scale is None else scale, softcap, sinks)
     if T == 1 and H != k.size(1):  # the heads of a group are queries of one head: no key is repeated
-        y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, D), k, v, mask.visible)  # (B, G, H / G, D)
-        return y.reshape(B, 1, H, D)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask.visible, is_causal=mask.causal, enable_gqa=H != k.size(1))
+        y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, D), k, v, mask.visible, scale=scale)  # (B, G, H / G, E)
+        return y.reshape(B, 1, H, -1)
+    grouped = H != k.size(1)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask.visible, is_causal=mask.causal, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Attention written out, for what the fused one lacks."""
+    (B, T, _, _), (G, S) = q.shape, k.shape[1:3]
+    queries = q.transpose(1, 2).unflatten(1, (G, -1))  # (B, G, H / G, T, D)
+    scores = queries @ k.unsqueeze(2).transpose(-1, -2) * scale  # (B, G, H / G, T, S)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril() if mask.causal else mask.visible
+    if seen is not None:
+        scores = scores.masked_fill(~(seen if mask.causal else seen.unsqueeze(2)), float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype).view(1, G, -1, 1, 1).expand(B, -1, -1, T, 1)), dim=-1)
+    y = scores.softmax(-1)[..., :S].to(v.dtype) @ v.unsqueeze(2)  # (B, G, H / G, T, E)
+    return y.flatten(1, 2).transpose(1, 2)

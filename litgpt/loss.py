@@ -19,7 +19,13 @@ class Loss(NamedTuple):
     aux: Tensor | float = 0.0  # of experts
 
 
-def token_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
+def token_nll(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    chunk: int = 256,
+    finish: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> Tensor:
     """Return the negative log-likelihood of every target, (B, T), 0 where it is ignored; in fp32, or fp64 where the logits are.
 
     Only `chunk` tokens have logits at a time. Where the head is not trained, their gradients are computed at once, while the logits are
@@ -31,20 +37,21 @@ def token_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor,
         hidden: (B, T, C)
         targets: (B, T), the id that follows each token; -100 does not count.
         chunk: How many tokens have logits at the same time.
+        finish: What the head's output has to pass to become logits (scaling, soft-capping).
     """
     pairs = list(zip(hidden.flatten(0, 1).split(chunk), targets.flatten().long().split(chunk), strict=True))
     if not (torch.is_grad_enabled() and hidden.requires_grad):
-        losses = [_nll(head, h, t) for h, t in pairs]
+        losses = [_nll(head, finish, h, t) for h, t in pairs]
     elif _is_frozen(head) and hidden.dtype != torch.float16 and not torch.is_autocast_enabled(hidden.device.type):
-        losses = [_AtOnce.apply(head, h, t) for h, t in pairs]
+        losses = [_AtOnce.apply(head, finish, h, t) for h, t in pairs]
     else:
         *early, last = pairs  # the last one's backward pass comes first, so keeping its logits costs nothing at the peak
-        losses = [checkpoint(_nll, head, h, t, use_reentrant=False) for h, t in early] + [_nll(head, *last)]
+        losses = [checkpoint(_nll, head, finish, h, t, use_reentrant=False) for h, t in early] + [_nll(head, finish, *last)]
     return torch.cat(losses).view_as(targets)
 
 
-def _nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = head(hidden)
+def _nll(head: Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = finish(head(hidden))
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=IGNORED, reduction="none")
 
 
@@ -56,15 +63,15 @@ class _AtOnce(torch.autograd.Function):
     """Losses whose gradients are computed in the forward pass: a row's loss depends on that row alone, so they only have to be scaled."""
 
     @staticmethod
-    def forward(ctx: Any, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, head: Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
         with torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
-            losses = _nll(head, hidden, targets)
+            losses = _nll(head, finish, hidden, targets)
             (gradients,) = torch.autograd.grad(losses.sum(), hidden)
         ctx.save_for_backward(gradients)
         return losses.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
         (gradients,) = ctx.saved_tensors
-        return None, (gradients * grad.unsqueeze(-1)).to(gradients.dtype), None
+        return None, None, (gradients * grad.unsqueeze(-1)).to(gradients.dtype), None

@@ -38,6 +38,8 @@ class GPT(nn.Module):
                 ln_f=new_norm(config),
             )
         )
+        if config.learned_positions:
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
         self.rope = Rope(config)
         self.activation_checkpointing = False  # compute each block again in its backward pass instead of keeping what it made
@@ -104,15 +106,30 @@ class GPT(nn.Module):
         if output == "hidden":
             return x
         if targets is None:
-            return self.lm_head(x)
-        nll = token_nll(self.lm_head, x, targets)  # (B, T)
+            return self._finished(self.lm_head(x))
+        nll = token_nll(self.lm_head, x, targets, finish=self._finished)  # (B, T)
         return nll if output == "token_nll" else Loss(nll.sum(), (targets != IGNORED).sum())
 
+    def _finished(self, logits: Tensor) -> Tensor:
+        """Return what the head's output has to become: scaled, and soft-capped."""
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+    def _embedded(self, idx: Tensor) -> Tensor:
+        x, scale = self.transformer.wte(idx), self.config.scale_embeddings
+        if scale is True:
+            return x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)  # rounded to the type, as the models were trained
+        return x if scale is False else x * scale
+
     def _blocks(self, idx: Tensor, positions: Tensor | None, segments: Segments | None, span: Span | None) -> Tensor:
-        x = self.transformer.wte(idx)
+        x = self._embedded(idx)
         windows, kind = set(self.config.windows), x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         context = new_context(idx, positions, segments, span, windows, self.rope, dtype)
+        if self.config.learned_positions:
+            x = x + self.transformer.wpe(context.positions.clamp(min=0))
         states = [None] * self.config.n_layer if span is None else span.cache.states
         for block, state in zip(self.transformer.h, states, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -138,7 +155,8 @@ class Block(nn.Module):
     """One layer: a mixer and an MLP, each of which adds to the residual stream.
 
     One after the other,  x = x + attn(norm_1(x));  x = x + mlp(norm_2(x)),
-    or side by side,      x = x + attn(norm_1(x)) + mlp(norm_2(x)).
+    or side by side,      x = x + attn(norm_1(x)) + mlp(norm_2(x)),  where the MLP may read norm_1(x) instead.
+    What they add may be normalised (`post_attention_norm`, `post_mlp_norm`) and scaled.
 
     Args:
         config: The architecture.
@@ -149,19 +167,27 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, i: int) -> None:
         super().__init__()
-        self.parallel = config.parallel_residual
-        self.norm_1 = new_norm(config)
+        self.parallel, self.shared, self.scale = config.parallel_residual, config.shared_attention_norm, config.residual_scale
+        self.norm_1 = new_norm(config, config.norm_1)
         self.attn = self.mixers[config.mixers[i]](config, i)
-        self.norm_2 = new_norm(config)
-        self.mlp = MLPS[config.mlp_class_name](config)
+        self.post_attention_norm = new_norm(config, config.post_attention_norm)
+        self.norm_2 = new_norm(config, config.norm_2 and not config.shared_attention_norm)
+        self.mlp = MLPS[mlp_class_name(config, i)](config)
+        self.post_mlp_norm = new_norm(config, config.post_mlp_norm)
 
     def new_state(self, rows: int, length: int, chunk: int, rewind: int, dtype: torch.dtype, device: torch.device) -> State:
         """Return the empty memory of this layer's mixer."""
         return self.attn.new_state(rows, length, chunk, rewind, dtype, device)
 
     def forward(self, x: Tensor, context: Context, state: State | None = None) -> Tensor:
-        attended = x + self.attn(self.norm_1(x), context, state)  # (B, T, C)
-        return attended + self.mlp(self.norm_2(x if self.parallel else attended))
+        normed = self.norm_1(x)
+        attended = self._added(x, self.post_attention_norm(self.attn(normed, context, state)))  # (B, T, C)
+        if not self.shared:
+            normed = self.norm_2(x if self.parallel else attended)
+        return self._added(attended, self.post_mlp_norm(self.mlp(normed)))
+
+    def _added(self, x: Tensor, update: Tensor) -> Tensor:
+        return x + (update if self.scale == 1 else update * self.scale)
 
 
 class CausalSelfAttention(nn.Module):
@@ -173,9 +199,21 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config, i: int) -> None:
         super().__init__()
         self.window, self.head_size = config.windows[i], config.head_size
+        self.turns, self.interleave = config.turns[i], config.rope_interleave
+        self.scale, self.softcap, self.clip = config.softmax_scale, config.attention_logit_softcapping, config.clip_qkv
         self.shares = config.n_head // config.n_query_groups  # query heads for each key head
         self.qkv = nn.Linear(config.n_embd, sum(config.qkv_sizes), bias=config.attn_bias)
         self.proj = nn.Linear(config.qkv_sizes[0], config.n_embd, bias=config.attn_proj_bias)
+        if config.norm_qk:
+            self.norm_q, self.norm_k = (new_head_norm(config, heads) for heads in (config.n_head, config.n_query_groups))
+            self.flat = config.norm_qk_type == "olmo2"  # the norm sees all heads at once
+        else:
+            self.norm_q = None
+        if config.attention_gate:
+            self.gate = nn.Linear(config.n_embd, config.qkv_sizes[0], bias=config.attn_bias)
+        else:
+            self.gate = None
+        self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
 
     def new_state(self, rows: int, length: int, chunk: int, rewind: int, dtype: torch.dtype, device: torch.device) -> KeyValues:
         """Return the empty keys and values of this layer."""
@@ -183,11 +221,24 @@ class CausalSelfAttention(nn.Module):
         return KeyValues.zeros(rows, groups, length, max(chunk, rewind), self.head_size, self.window, dtype, device)
 
     def forward(self, x: Tensor, context: Context, state: KeyValues | None = None) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, D)
+        qkv = self.qkv(x) if self.clip is None else self.qkv(x).clamp(-self.clip, self.clip)
+        heads = qkv.unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, D)
         groups = heads.size(2) // (self.shares + 2)
         turning, v = heads.split((heads.size(2) - groups, groups), dim=2)
-        q, k = rotated(turning, context.rotation).split((self.shares * groups, groups), dim=2)
-        return self.proj(attend(q, k, v, self.window, context, state).flatten(2))  # (B, T, C)
+        if self.norm_q is not None:
+            turning = torch.cat(self._normed(*turning.split((self.shares * groups, groups), dim=2)), dim=2)
+        if (rotation := context.rotations[self.turns]) is not None:
+            turning = rotated(turning, rotation, self.interleave)
+        q, k = turning.split((self.shares * groups, groups), dim=2)
+        if context.query_scale is not None:
+            q = q * context.query_scale
+        y = attend(q, k, v, self.window, context, state, self.scale, self.softcap, self.sinks).flatten(2)  # (B, T, H D)
+        return self.proj(y if self.gate is None else y * self.gate(x).sigmoid())  # (B, T, C)
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.flat:
+            return tuple(norm(x.flatten(2)).view_as(x) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
+        return self.norm_q(q), self.norm_k(k)
 
 
 class GptNeoxMLP(nn.Module):
@@ -204,16 +255,30 @@ class GptNeoxMLP(nn.Module):
 
 
 class LLaMAMLP(nn.Module):
-    """A gated MLP (SwiGLU, arXiv:2002.05202)."""
+    """A gated MLP (SwiGLU, arXiv:2002.05202).
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: The architecture.
+        width: Inside; by default `intermediate_size`.
+    """
+
+    def __init__(self, config: Config, width: int | None = None) -> None:
         super().__init__()
-        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        width = width or config.intermediate_size
+        self.approximate = config.gelu_approximate
+        self.fc_1 = nn.Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.fc_2 = nn.Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
+
+
+class GemmaMLP(LLaMAMLP):
+    """A gated MLP whose gate is a GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc_1(x), approximate=self.approximate) * self.fc_2(x))
 
 
 class RMSNorm(nn.Module):
@@ -222,14 +287,18 @@ class RMSNorm(nn.Module):
     Args:
         size: How many features.
         eps: Added to the mean square.
+        offset: Multiply by 1 + weight instead.
     """
 
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
+    def __init__(self, size: int, eps: float = 1e-6, offset: bool = False) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.offset:  # 1 + weight has more digits than a 16-bit type
+            weight = 1 + self.weight.to(torch.promote_types(x.dtype, torch.float32))
+            return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
         weight = self.weight.to(x.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _SmallRMSNorm.apply(x, weight, self.eps)
@@ -258,11 +327,40 @@ class _SmallRMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None
 
 
+class HeadNorm(nn.Module):
+    """A LayerNorm over each head, with weights of its own and no bias."""
+
+    def __init__(self, heads: int, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads, size))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, H, D)
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
 GPT.block_class = Block
 Block.mixers = {"attention": CausalSelfAttention}
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP}
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "GemmaMLP": GemmaMLP}
 
 
-def new_norm(config: Config) -> nn.Module:
-    """Return the kind of norm that the architecture has."""
-    return (RMSNorm if config.norm_class_name == "RMSNorm" else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
+def mlp_class_name(config: Config, i: int) -> str:
+    """Return the kind of MLP that a layer has: where a model has experts, its other layers have a `LLaMAMLP`."""
+    return "LLaMAMLP" if config.expert_indices is not None and not config.expert_indices[i] else config.mlp_class_name
+
+
+def new_norm(config: Config, there: bool = True, size: int | None = None) -> nn.Module:
+    """Return the kind of norm that the architecture has, or what returns its input."""
+    size = size or config.n_embd
+    if not there:
+        return nn.Identity()
+    if config.norm_class_name == "RMSNorm":
+        return RMSNorm(size, config.norm_eps, config.norm_add_unit_offset)
+    return nn.LayerNorm(size, config.norm_eps, elementwise_affine=config.norm_affine, bias=config.norm_bias)
+
+
+def new_head_norm(config: Config, heads: int) -> nn.Module:
+    """Return a norm of queries or keys."""
+    if config.norm_qk_type == "per_head":
+        return HeadNorm(heads, config.head_size, config.norm_eps)
+    return new_norm(config, size=config.head_size * (heads if config.norm_qk_type == "olmo2" else 1))

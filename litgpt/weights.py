@@ -18,6 +18,8 @@ class Rule:
     """The names on their side."""
     ours: tuple[str, ...]
     """The names on our side."""
+    count: str = ""
+    """Where their names have one number more than ours: the field of `Config` that says how many of them there are."""
 
 
 def same(theirs: str, ours: str) -> Rule:
@@ -38,6 +40,31 @@ def parted(theirs: str, ours: Iterable[str]) -> Rule:
 def interleaved_qkv(theirs: str, ours: str) -> Rule:
     """They store the rows of queries, key and value group by group; we store all queries, then all keys, then all values."""
     return Rule("interleaved_qkv", (theirs,), (ours,))
+
+
+def gated_qkv(theirs: Iterable[str], ours: Iterable[str]) -> Rule:
+    """Their queries hold, head by head, those of attention and then those of its gate; we join the first with keys and values."""
+    return Rule("gated_qkv", tuple(theirs), tuple(ours))
+
+
+def transposed(theirs: str, ours: str) -> Rule:
+    """They store the last two dimensions of a weight the other way round; a bias is the same."""
+    return Rule("transposed", (theirs,), (ours,))
+
+
+def stacked(theirs: str | Iterable[str], ours: str, count: str) -> Rule:
+    """They store a tensor for each expert or head; we stack them. Several of one expert become one, row under row."""
+    return Rule("stacked", (theirs,) if isinstance(theirs, str) else tuple(theirs), (ours,), count)
+
+
+def alternating(theirs: str, ours: str) -> Rule:
+    """They store experts with the rows of gate and up in turn, weights transposed; we store all of gate, then all of up."""
+    return Rule("alternating", (theirs,), (ours,))
+
+
+def alias(theirs: str, ours: str) -> Rule:
+    """Another of their names for what one of ours is; it is read but not written."""
+    return Rule("alias", (theirs,), (ours,))
 
 
 def tied(theirs: str, ours: str) -> Rule:

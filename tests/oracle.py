@@ -1,12 +1,14 @@
 """Random transformers models, and ours with the same weights."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from litgpt.checkpoint import assemble
+from litgpt.checkpoint import assemble, read_weights
 from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.translate import translate
 
 
 def their_model(config: Config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -21,9 +23,11 @@ def their_model(config: Config, dtype: torch.dtype = torch.float32) -> torch.nn.
 
 
 def our_model(theirs: torch.nn.Module, config: Config) -> GPT:
-    """Our model with the weights of theirs."""
-    weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
-    return assemble(config, dict(translate(weights.items(), config.rules, config, to_ours=True)), "the oracle")
+    """Our model with the weights of theirs, as they are stored."""
+    with TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        weights = {name: tensor.clone() for name, tensor in read_weights(Path(folder), config)}
+    return assemble(config, weights, "the oracle")
 
 
 def pair(config: Config, dtype: torch.dtype = torch.float32) -> tuple[GPT, torch.nn.Module]:

@@ -4,12 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tiny import tiny_config
+from tiny import facts, tiny_config
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from litgpt import config as config_module
 from litgpt.config import Config, configs, known_names, prompt_of
 from litgpt.errors import UserError
 from litgpt.families import FAMILIES
@@ -19,6 +18,8 @@ from litgpt.prompts import prompt_styles
 from litgpt.rope import inverse_frequencies
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+PLAIN = [family for family in FAMILIES.values() if facts(family).PLAIN_ROPE]
+WHERE_ROPE_IS_PLAIN = pytest.mark.parametrize("family", PLAIN, ids=[family.model_type for family in PLAIN])
 IDENTITY = ("name", "hf_config", "vocab_size", "padding_multiple", "bias")  # fields that config.json does not hold
 
 
@@ -52,65 +53,18 @@ def test_transformers_reads_what_we_write(family, tmp_path):
     assert model_fields(Config.from_hf(loaded(config.to_hf(), tmp_path))) == model_fields(config)
 
 
-OLD = {  # as transformers 4 spells them
-    "llama": dict(
-        architectures=["LlamaForCausalLM"],
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=3,
-        intermediate_size=80,
-        vocab_size=120,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=dict(factor=8.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192, rope_type="llama3"),
-        hidden_act="silu",
-        attention_bias=True,
-        tie_word_embeddings=True,
-        torch_dtype="bfloat16",
-        bos_token_id=3,
-        eos_token_id=[4, 5],
-        pretraining_tp=1,
-        use_cache=True,
-    ),
-    "mistral": dict(
-        architectures=["MistralForCausalLM"],
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=None,
-        head_dim=24,
-        rope_theta=1e6,
-        torch_dtype="bfloat16",
-        vocab_size=99,
-    ),
-    "gpt_neox": dict(
-        architectures=["GPTNeoXForCausalLM"],
-        hidden_size=64,
-        num_attention_heads=4,
-        rotary_pct=0.5,
-        rotary_emb_base=20000,
-        hidden_act="gelu_new",
-        use_parallel_residual=False,
-        torch_dtype="float16",
-        rope_scaling=dict(type="linear", factor=2.0),
-    ),
-}
-
-
 @EVERY_FAMILY
 def test_both_spellings_mean_the_same(family, tmp_path):
-    old = OLD[family.model_type] | dict(model_type=family.model_type)
+    old = facts(family).OLD | dict(model_type=family.model_type)
     new = loaded(old, tmp_path)
-    assert "rope_parameters" in new and "rope_theta" not in new
+    assert not facts(family).PLAIN_ROPE or ("rope_parameters" in new and "rope_theta" not in new)
     assert model_fields(Config.from_hf(old)) == model_fields(Config.from_hf(new))
 
 
 @EVERY_FAMILY
 @pytest.mark.parametrize("generation", [4, 5])
 def test_an_export_says_what_its_source_said(family, generation, tmp_path):
-    source = OLD[family.model_type] | dict(model_type=family.model_type, some_note="kept", auto_map={"AutoConfig": "code.py"})
+    source = facts(family).OLD | dict(model_type=family.model_type, some_note="kept", auto_map={"AutoConfig": "code.py"})
     if generation == 5:
         source = json.loads(AutoConfig.for_model(**source).to_json_string(use_diff=True)) | dict(some_note="kept")
     before = loaded({key: value for key, value in source.items() if key != "auto_map"}, tmp_path)
@@ -123,7 +77,7 @@ def test_an_export_says_what_its_source_said(family, generation, tmp_path):
     assert exported.get("torch_dtype") == source.get("torch_dtype")
 
 
-@EVERY_FAMILY
+@WHERE_ROPE_IS_PLAIN
 def test_an_export_has_the_spellings_of_both_generations(family):
     written = tiny_config(family, rope_base=777, rope_adjustments=dict(factor=2.0)).to_hf()
     old_base = "rotary_emb_base" if family.model_type == "gpt_neox" else "rope_theta"
@@ -132,16 +86,16 @@ def test_an_export_has_the_spellings_of_both_generations(family):
     assert written["rope_scaling"].items() <= written["rope_parameters"].items()
 
 
-@EVERY_FAMILY
+@WHERE_ROPE_IS_PLAIN
 def test_a_changed_field_is_exported_in_place_of_the_sources(family, tmp_path):
-    source = OLD[family.model_type] | dict(model_type=family.model_type)
+    source = facts(family).OLD | dict(model_type=family.model_type)
     config = replace(Config.from_hf(source), padded_vocab_size=640, rope_base=123, rope_adjustments=None)
     exported = Config.from_hf(loaded(config.to_hf(source), tmp_path))
     assert (exported.padded_vocab_size, exported.rope_base, exported.rope_adjustments) == (640, 123, None)
 
 
 def test_of_another_models_config_only_the_token_ids_are_kept():
-    written = tiny_config("llama").to_hf(OLD["gpt_neox"] | dict(model_type="gpt_neox", eos_token_id=7))
+    written = tiny_config("llama").to_hf(facts("gpt_neox").OLD | dict(model_type="gpt_neox", eos_token_id=7))
     assert written == tiny_config("llama").to_hf() | dict(eos_token_id=7)
 
 
@@ -157,7 +111,7 @@ SCALINGS = {
 }
 
 
-@EVERY_FAMILY
+@WHERE_ROPE_IS_PLAIN
 @pytest.mark.parametrize("name", SCALINGS)
 def test_every_scaling_is_kept_and_turns_as_in_transformers(family, name, tmp_path):
     kind = name.split()[0]
@@ -176,7 +130,8 @@ def test_every_scaling_is_kept_and_turns_as_in_transformers(family, name, tmp_pa
 def test_other_scalings_are_refused():
     base = tiny_config("llama").to_hf()
     for wrong, sentence in (
-        (dict(rope_type="longrope", factor=2.0), "`rope_type` is 'longrope'.*Supported are: default, linear"),
+        (dict(rope_type="su2", factor=2.0), "`rope_type` is 'su2'.*Supported are: default, linear"),
+        (dict(rope_type="longrope", factor=2.0), "needs 'short_factor'"),
         (dict(rope_type="llama3", factor=2.0), "needs 'low_freq_factor'"),
         (dict(full_attention=dict(rope_type="default")), "one set of values for all layers"),
     ):
@@ -200,7 +155,7 @@ def test_an_activation_that_we_do_not_have_is_refused(family):
 
 def test_the_text_part_of_a_multimodal_model_is_read_and_written_back(monkeypatch):
     family = replace(FAMILIES["llama"], wrappers=("looking_llama",))
-    monkeypatch.setitem(config_module.FAMILIES, "llama", family)
+    monkeypatch.setitem(FAMILIES, "llama", family)
     text = tiny_config("llama").to_hf()
     source = {"model_type": "looking_llama", "architectures": ["LookingLlama"], "vision_config": {"size": 3}, "text_config": text}
     config = Config.from_hf(source)

@@ -2,14 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import pair
-from tiny import tiny_config
+from tiny import EVERY_FAMILY, EVERY_VARIANT, tiny_config
 
 from litgpt.attention import Segments
 from litgpt.families import FAMILIES
 from litgpt.loss import IGNORED
 from litgpt.model import GPT, RMSNorm
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 ATOL = dict(rtol=0, atol=2e-5)
 
 
@@ -62,26 +61,10 @@ def test_rms_norm_and_its_gradients_equal_the_formula_in_float64():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-VARIANTS = {
-    "window": ("mistral", dict(sliding_window_size=5)),
-    "linear": ("llama", dict(rope_adjustments=dict(factor=4.0))),
-    "llama3": (
-        "llama",
-        dict(rope_adjustments=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16), rope_base=500.0),
-    ),
-    "yarn": ("llama", dict(rope_adjustments=dict(factor=4.0, beta_fast=32, beta_slow=1, original_max_seq_len=16, rope_type="yarn"))),
-    "biases": ("llama", dict(bias=True)),
-    "wide heads": ("llama", dict(head_size=16)),
-    "tied": ("llama", dict(tie_embeddings=True)),
-    "in turn": ("gpt_neox", dict(parallel_residual=False)),
-    "partial": ("gpt_neox", dict(rotary_percentage=0.5)),
-}
-
-
-@pytest.mark.parametrize("family, changes", VARIANTS.values(), ids=VARIANTS)
+@EVERY_VARIANT
 @torch.no_grad()
-def test_variants_equal_transformers(family, changes):
-    config = tiny_config(FAMILIES[family], **changes)
+def test_variants_equal_transformers(model_type, changes):
+    config = tiny_config(model_type, **changes)
     ours, theirs = pair(config)
     idx = tokens(config, 2, 40)
     torch.testing.assert_close(ours(idx), theirs(idx).logits, **ATOL)
@@ -240,7 +223,7 @@ def test_checkpointed_blocks_have_equal_gradients_and_no_other_names():
 def test_casting_a_model_leaves_its_rotary_table_in_fp32():
     model, _ = mixed_model()
     model.to(torch.bfloat16)
-    table, _ = model.rope._table(torch.device("cpu"), 8)
+    table, _ = model.rope._table(torch.device("cpu"), 8, 0)
     assert table.dtype == torch.float32
 
 

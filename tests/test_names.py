@@ -409,7 +409,6 @@ LATER = {  # what stands here speaks for its parts too: a command for its flags,
     "finetune_lora quantize",
     "generate quantize",
     # layers of further families
-    "litgpt.model.GemmaMLP",
     "litgpt.model.LLaMAMoE",
     "litgpt.model.MultiheadLatentAttention",
     "litgpt.model.GroupedTopkRouter",

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import EVERY_VARIANT, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from litgpt.config import Config
@@ -12,24 +12,10 @@ from litgpt.model import GPT
 from litgpt.translate import dequantized, translate
 from litgpt.weights import ignored, interleaved_qkv, parted, prefixed, same
 
-VARIANTS = {
-    **{model_type: (model_type, {}) for model_type in FAMILIES},
-    **{f"{model_type} tied": (model_type, dict(tie_embeddings=True)) for model_type in FAMILIES},
-    "llama with biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
-    "llama with one group": ("llama", dict(num_key_value_heads=1)),
-    "llama with as many groups as heads": ("llama", dict(num_key_value_heads=4)),
-    "llama with wide heads": ("llama", dict(head_dim=12)),
-    "mistral with wide heads": ("mistral", dict(head_dim=12, sliding_window=None)),
-    "gpt_neox one after the other": ("gpt_neox", dict(use_parallel_residual=False)),
-    "gpt_neox without attention biases": ("gpt_neox", dict(attention_bias=False)),
-}
-EVERY_VARIANT = pytest.mark.parametrize("model_type, changes", VARIANTS.values(), ids=VARIANTS)
-
 
 def random_model(model_type, changes):
     """A transformers model with weights of its own in every parameter, and our config for it."""
-    tie = dict(tie_word_embeddings=changes["tie_embeddings"]) if "tie_embeddings" in changes else changes
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config(model_type).to_hf() | tie))
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config(model_type, **changes).to_hf()))
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter)
     return theirs, Config.from_hf(theirs.config.to_dict())

@@ -7,6 +7,7 @@ from dataclasses import field as dataclass_field
 from functools import cached_property
 from typing import Any
 
+from litgpt.errors import UserError
 from litgpt.weights import Rule, prefixed
 
 NOT_CARRIED = ("auto_map", "quantization_config")  # neither remote code nor quantized weights are exported
@@ -60,6 +61,33 @@ def field(
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Entries of `config.json` that say some of our fields only together, such as what each layer is."""
+
+    theirs: tuple[str, ...]
+    """The entries."""
+    ours: tuple[str, ...]
+    """Our fields."""
+    parse: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """Returns our fields of their `config.json`."""
+    format: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """Returns their entries of our fields."""
+
+    def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        """Return our fields of their `config.json`."""
+        return self.parse(mapping)
+
+    def write(self, mapping: dict[str, Any], fields: Mapping[str, Any]) -> None:
+        """Put our fields into their `config.json`, unless it says the same already."""
+        try:
+            same = any(key in mapping for key in self.theirs) and all(fields[name] == v for name, v in self.parse(mapping).items())
+        except UserError:  # the source says what we cannot read; the config at hand says something else
+            same = False
+        if not same:
+            mapping.update(self.format(fields))
+
+
+@dataclass(frozen=True)
 class Brand:
     """Checkpoints that one organisation published. In all patterns `{a,b}` stands for `a` and `b`, so each means a few exact names."""
 
@@ -94,7 +122,7 @@ class Family:
     """What `config.json` calls it."""
     architectures: list[str]
     """The classes of transformers that hold such a language model; the first one is written."""
-    fields: list[Field]
+    fields: list[Field | Joint]
     """How `config.json` spells our fields."""
     weights: list[Rule]
     """How its weights are named and laid out."""
@@ -119,6 +147,8 @@ class Family:
             mapping: What the file holds; of a multimodal model the text part counts.
         """
         text = mapping.get("text_config") if mapping.get("model_type") in self.wrappers else mapping
+        if not isinstance(text, Mapping | None):
+            raise UserError(f"`text_config` is a mapping in config.json, but got {text!r}.")
         fields = dict(self.base)
         for row in self.fields:
             fields |= row.read(text or {})
@@ -187,5 +217,5 @@ def _put(mapping: dict[str, Any], spelling: str, value: Any) -> None:
 def _says(parse: Callable[[Any], Any], present: Any, value: Any) -> bool:
     try:
         return parse(present) == value
-    except ValueError:  # the source says what we cannot read; the config at hand says something else
+    except UserError:  # the source says what we cannot read; the config at hand says something else
         return False

@@ -1,9 +1,10 @@
 """Rows of fields, rules for weights and values that several families share."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from litgpt.errors import UserError
-from litgpt.families.family import Field, field
+from litgpt.families.family import Field, Joint, field
 from litgpt.weights import Rule, ignored, joined, same, tied
 
 # What `config.json` says about the activation, and what we call it
@@ -17,7 +18,7 @@ GELUS = {
     "gelu_pytorch_tanh": "tanh",
     "gelu_python_tanh": "tanh",
 }
-GATED_MLPS = {"silu": "LLaMAMLP", "swish": "LLaMAMLP"}
+GATED_MLPS = {"silu": "LLaMAMLP", "swish": "LLaMAMLP"}  # which MLP has it as its gate
 
 
 def one_of(names: dict[str, str]) -> dict[str, Any]:
@@ -40,9 +41,19 @@ ROPE_KEYS = {
     "linear": (["factor"], []),
     "dynamic": (["factor"], ["original_max_seq_len"]),
     "llama3": (["factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"], []),
+    "longrope": (["short_factor", "long_factor"], ["factor", "original_max_seq_len", "attention_factor"]),
     "yarn": (
         ["factor"],
-        ["original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"],
+        [
+            "original_max_seq_len",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+            "llama_4_scaling_beta",
+        ],
     ),
 }
 ROPE_SPELLINGS = {"original_max_seq_len": "original_max_position_embeddings"}  # the others are spelled as we spell them
@@ -53,6 +64,8 @@ def rope_type(adjustments: dict[str, Any]) -> str:
     """Return what Hugging Face calls a `rope_adjustments` of ours."""
     if adjustments.get("dynamic"):
         return "dynamic"
+    if "long_factor" in adjustments:
+        return "longrope"
     if "low_freq_factor" in adjustments or "high_freq_factor" in adjustments:
         return "llama3"
     return "yarn" if YARN_BETAS.keys() & adjustments.keys() or adjustments.get("rope_type") == "yarn" else "linear"
@@ -112,6 +125,73 @@ def rope_fields(base: list[str], share: list[str] | None = None, default_share: 
 def whole_if_equal(value: Any) -> Any:
     """Return 10000 for 10000.0, as the base of a rotary embedding is usually written."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# What each layer is
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def whole(mapping: Mapping[str, Any], key: str, default: int) -> int:
+    """Return a whole number that an entry of `config.json` has to be, where it counts something."""
+    value = mapping.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10_000:
+        raise UserError(f"`{key}` is a whole number of at most 10000 in config.json, but got {value!r}.")
+    return value
+
+
+def layer_types(
+    mapping: Mapping[str, Any], default: Callable[[int], str], n_layer: int, known: tuple[str, ...] = (SLIDING, FULL)
+) -> list[str]:
+    """Return what each layer is.
+
+    Args:
+        mapping: What `config.json` says.
+        default: What a layer is where it does not say.
+        n_layer: How many layers there are, where it does not say.
+        known: What a layer may be.
+    """
+    n_layer = whole(mapping, "num_hidden_layers", n_layer)
+    types = mapping.get("layer_types")
+    types = [default(i) for i in range(n_layer)] if types is None else types
+    if not isinstance(types, list) or len(types) < n_layer or any(kind not in list(known) for kind in types):
+        raise UserError(
+            f"`layer_types` says for each of {n_layer} layers which of {', '.join(known)} it is, but got {types!r} in config.json."
+        )
+    return types[:n_layer]
+
+
+def windows(
+    default_window: int | None,
+    default: Callable[[Mapping[str, Any], int], str] = lambda mapping, i: SLIDING,
+    n_layer: int = 32,
+    extra: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda fields: {},
+    used: Callable[[Mapping[str, Any]], bool] = lambda mapping: True,
+) -> Joint:
+    """Return the row for layers of which some see a window only.
+
+    Args:
+        default_window: Its size, where `config.json` does not say.
+        default: What layer i is, where `layer_types` is not there.
+        n_layer: How many layers there are, where `config.json` does not say.
+        extra: Further entries to write, from our fields.
+        used: Whether the window is used at all.
+    """
+
+    def parse(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        size = mapping.get("sliding_window", default_window) if used(mapping) else None
+        kinds = layer_types(mapping, lambda i: default(mapping, i), n_layer)
+        there = size is not None and SLIDING in kinds
+        indices = [int(kind == SLIDING) for kind in kinds] if there else None
+        return dict(sliding_window_size=size if there else None, sliding_window_indices=indices)
+
+    def format(fields: Mapping[str, Any]) -> dict[str, Any]:
+        indices = fields["sliding_window_indices"] or [0] * fields["n_layer"]
+        kinds = [SLIDING if index else FULL for index in indices]
+        return dict(sliding_window=fields["sliding_window_size"], layer_types=kinds) | extra(fields)
+
+    return Joint(("layer_types", "sliding_window"), ("sliding_window_size", "sliding_window_indices"), parse, format)
 
 
 # The decoder that most families vary

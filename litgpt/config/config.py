@@ -1,4 +1,4 @@
-"""The architecture of a model: `Config`, and the names under which checkpoints were published."""
+"""The fields of one architecture, where they are read from and how they are written."""
 
 import json
 from collections.abc import Mapping
@@ -11,16 +11,15 @@ from typing import Any
 import yaml
 
 from litgpt import names
+from litgpt.config.checks import canonical_rope, complete
+from litgpt.config.litgpt_files import from_litgpt, to_litgpt
+from litgpt.config.published import BY_ANY_NAME, name_to_config
 from litgpt.errors import MissingFile, UserError, did_you_mean
 from litgpt.families import FAMILIES, Family
-from litgpt.families.tables import format_rope, parse_rope
 from litgpt.weights import Rule, same
 
 OWN_TYPE = "litgpt"  # the `model_type` of a checkpoint that no family can express
 QUANTIZATIONS: tuple[str, ...] = ()  # the `quant_method`s whose weights `litgpt.translate.dequantized` reads
-MIXERS = ("attention",)
-NORMS = ("LayerNorm", "RMSNorm")
-MLPS = ("GptNeoxMLP", "LLaMAMLP")
 
 
 @dataclass
@@ -42,10 +41,40 @@ class Config:
     padding_multiple: int = 512
     padded_vocab_size: int | None = None
     """How many rows embedding and head have. None: `vocab_size` rounded up to a multiple of `padding_multiple`."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding's matrix."""
+    lm_head_bias: bool = False
+
+    # Norms and the residual stream
     norm_class_name: str = "LayerNorm"
     norm_eps: float = 1e-5
+    norm_affine: bool = True
+    """Whether a LayerNorm has weights at all."""
+    norm_bias: bool = True
+    """Whether a LayerNorm has a bias; an RMSNorm never has."""
+    norm_add_unit_offset: bool = False
+    """Whether an RMSNorm multiplies by 1 + weight."""
+    norm_1: bool = True
+    """Whether attention's input is normalised."""
+    norm_2: bool = True
+    """Whether the MLP's input is normalised."""
+    shared_attention_norm: bool = False
+    """Whether a parallel MLP reads what attention's norm returns, instead of having its own norm."""
+    post_attention_norm: bool = False
+    """Whether attention's output is normalised before it is added."""
+    post_mlp_norm: bool = False
+    """Whether the MLP's output is normalised before it is added."""
     parallel_residual: bool = True
     """Whether attention and MLP read the same input, instead of the MLP what attention adds."""
+    residual_scale: float = 1.0
+    """What attention and MLP add is multiplied by this."""
+    scale_embeddings: bool | float = False
+    """Embeddings are multiplied by this; true: by the root of `n_embd`, rounded to their type."""
+    logit_scale: float = 1.0
+    final_logit_softcapping: float | None = None
+    """Logits z become c tanh(z / c)."""
+
+    # Attention
     n_head: int = 32
     head_size: int | None = None
     """None: `n_embd` divided by `n_head`."""
@@ -58,29 +87,89 @@ class Config:
     attn_proj_bias: bool | None = None
     """Of attention's output."""
     mlp_bias: bool | None = None
-    lm_head_bias: bool = False
+    norm_qk: bool = False
+    """Whether queries and keys are normalised before they are turned."""
+    norm_qk_type: str = "default"
+    """"default": one norm for all heads; "olmo2": across all heads; "per_head": a LayerNorm with weights of each head's own."""
+    attention_scores_scalar: int | float | None = None
+    """Scores are divided by the root of this. None: of `head_size`."""
+    attention_scale: float | None = None
+    """Scores are multiplied by this instead."""
+    attention_logit_softcapping: float | None = None
+    """Scores s become c tanh(s / c)."""
+    attention_sinks: bool = False
+    """Whether every head has a learned score that competes with all keys and stands for none."""
+    attention_gate: bool = False
+    """Whether attention's output is multiplied by the sigmoid of a projection of its input."""
+    clip_qkv: float | None = None
+    """Queries, keys and values are clamped to this size."""
     sliding_window_size: int | None = None
     """How many tokens a token sees, itself included. None: all before it."""
     sliding_window_indices: list[int] | None = None
     """For each layer 1 if it has the window, else 0. None: all have it."""
+    latent_attention: dict[str, Any] | None = None
+    """The sizes of DeepSeek's attention, whose keys and values are made from a shared latent."""
+
+    # Positions
     rope_base: int | float = 10000
     rotary_percentage: float = 0.25
     """The rotated share of each head."""
     rope_condense_ratio: int | float = 1
     """Positions are divided by this."""
     rope_adjustments: dict[str, Any] | None = None
-    """How frequencies are stretched: `factor` alone is linear; `dynamic`, or keys of Llama 3 or YaRN, name those ways."""
+    """How frequencies are stretched: `factor` alone is linear; `dynamic`, or keys of Llama 3, YaRN or LongRoPE, name those ways."""
+    rope_interleave: bool = False
+    """Whether neighbouring features are turned together, instead of those half a head apart."""
+    rope_local_base_freq: int | float | None = None
+    """A second base, whose frequencies are never stretched."""
+    rope_indices: list[int | None] | None = None
+    """For each layer 0 for `rope_base`, 1 for `rope_local_base_freq`, null for no turning. None: 1 if there is a local base, else 0."""
+    learned_positions: bool = False
+    """Whether an embedding of the position is added to the token's."""
+
+    # MLPs and experts
     intermediate_size: int | None = None
     """The width inside the MLP. None: four times `n_embd`."""
     mlp_class_name: str = "GptNeoxMLP"
     gelu_approximate: str = "none"
-    tie_embeddings: bool = False
-    """Whether the head is the embedding's matrix."""
+    n_expert: int = 0
+    n_expert_per_token: int = 0
+    expert_indices: list[int] | None = None
+    """For each layer 1 if its MLP has experts, else 0. None: all but the first `first_k_dense_replace`."""
+    first_k_dense_replace: int | None = None
+    moe_intermediate_size: int | None = None
+    """The width inside an expert. None: `intermediate_size`."""
+    expert_scores: str = "softmax"
+    """What makes scores of the router's outputs: "softmax" over all experts, or "sigmoid" with a correction that only chooses."""
+    norm_topk_prob: bool = False
+    """Whether the scores of the chosen experts are made to sum to 1."""
+    routed_scaling_factor: float = 1.0
+    """What the chosen experts' scores are multiplied by."""
+    n_expert_groups: int | None = None
+    """How many groups of experts compete first. None: there are no groups."""
+    n_topk_groups: int | None = None
+    n_topk_scores_per_group: int | None = None
+    """How many of a group's best scores are summed to rank it."""
+    router_bias: bool = False
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    """Where experts clamp what they multiply, as gpt-oss does. None: they do not."""
+    n_shared_expert: int | None = None
+    """How many experts' width `shared_intermediate_size` has, where that is not given."""
+    shared_intermediate_size: int | None = None
+    """The width of an MLP beside the experts that sees every token."""
+    shared_expert_gate: bool = False
+
+    # What layers are made of
     mixers: list[str] | None = None
     """For each layer what mixes tokens. None: attention everywhere."""
+    short_conv: dict[str, Any] | None = None
+    """The sizes of LFM2's gated short convolution."""
+    gated_delta: dict[str, Any] | None = None
+    """The sizes of Qwen3-Next's gated delta rule."""
 
     def __post_init__(self) -> None:
-        _complete(self)
+        complete(self, DEFAULTS)
         self.family = _expressing_family(self)
 
     @classmethod
@@ -94,10 +183,10 @@ class Config:
         Raises:
             UserError: The name is not known.
         """
-        if name not in _BY_ANY_NAME:
+        if name not in BY_ANY_NAME:
             hint = "Known names are shown by `litgpt download list`."
-            raise UserError(f"{name!r} is not a known model name.{did_you_mean(name, _BY_ANY_NAME)} {hint}")
-        return cls(**_accepted(cls, deepcopy(name_to_config[_BY_ANY_NAME[name]]) | overrides))
+            raise UserError(f"{name!r} is not a known model name.{did_you_mean(name, BY_ANY_NAME)} {hint}")
+        return cls(**_accepted(cls, deepcopy(name_to_config[BY_ANY_NAME[name]]) | overrides))
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> "Config":
@@ -120,7 +209,7 @@ class Config:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(mapping, dict) or not mapping:
             raise UserError(f"{path} is empty or holds no fields of a config. Copy the file from the checkpoint again.")
-        return cls(**_accepted(cls, _without_litgpts(mapping, path) | overrides, str(path)))
+        return cls(**_accepted(cls, from_litgpt(mapping) | overrides, str(path)))
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **overrides: Any) -> "Config":
@@ -198,24 +287,7 @@ class Config:
         Raises:
             UserError: LitGPT has no such architecture.
         """
-        rope = self.rope_adjustments or {}
-        problem = next(
-            (
-                name
-                for name, wrong in (
-                    ("mlp_bias", self.mlp_bias != self.attn_proj_bias),
-                    ("attn_bias", bool(self.mlp_bias and not self.attn_bias)),
-                    ("rope_adjustments", not rope.keys() <= LITGPTS_ROPE_KEYS),
-                    ("mixers", set(self.mixers) != {"attention"}),
-                )
-                if wrong
-            ),
-            None,
-        )
-        if problem:
-            raise UserError(f"LitGPT cannot express this config, whose `{problem}` is {getattr(self, problem)!r}.")
-        kept = {key: value for key, value in self.to_dict().items() if key in DEFAULTS.keys() - OURS_ALONE}
-        return kept | dict(bias=self.mlp_bias, attn_bias=bool(self.attn_bias and not self.mlp_bias))
+        return to_litgpt(self.to_dict(), DEFAULTS)
 
     def save(self, path: str | Path) -> None:
         """Write all fields as YAML.
@@ -236,12 +308,28 @@ class Config:
     @property
     def rope_n_elem(self) -> int:
         """How many features of each head are rotated."""
+        if self.latent_attention is not None:
+            return self.latent_attention["qk_rope_head_dim"]
         return int(self.rotary_percentage * self.head_size)
 
     @property
     def qkv_sizes(self) -> list[int]:
         """How many rows of the fused projection are queries, keys and values."""
         return [heads * self.head_size for heads in (self.n_head, self.n_query_groups, self.n_query_groups)]
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        if self.attention_scale is not None:
+            return self.attention_scale
+        return (self.attention_scores_scalar or self.head_size) ** -0.5
+
+    @property
+    def turns(self) -> tuple[int | None, ...]:
+        """For each layer which angles it turns by: 0 for the global base, 1 for the local one, None for none."""
+        if self.rope_n_elem == 0:
+            return (None,) * self.n_layer
+        return tuple(self.rope_indices or [0] * self.n_layer)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -268,100 +356,7 @@ def refuse_quantization(quantization_config: Mapping[str, Any] | None) -> None:
         raise UserError(f"The weights are quantized by {method!r}, which cannot be read. Use the model that is not quantized.")
 
 
-def prompt_of(name: str) -> str | None:
-    """Return the prompt style that a published checkpoint was tuned with, if any.
-
-    Args:
-        name: LitGPT's name for it, its name on the hub, or `org/name`.
-    """
-    return _PROMPTS.get(_BY_ANY_NAME.get(name, ""))
-
-
-def known_names() -> list[str]:
-    """Return every published checkpoint as `org/name`, in the order of the alphabet."""
-    hub_ids = (_hub_id(config["hf_config"]) for config in configs)
-    return sorted(hub_ids, key=lambda hub_id: (hub_id.lower(), hub_id))
-
-
-def find_multiple(n: int, k: int) -> int:
-    """Return the smallest multiple of k that is at least n."""
-    if k < 1:
-        raise UserError(f"`padding_multiple` is at least 1, but got {k}.")
-    return -(-n // k) * k
-
-
-# What was published
-
-_PUBLISHED = [(family, row) for family in FAMILIES.values() for row in family.published()]
-configs: list[dict[str, Any]] = [
-    dict(name=row.name, hf_config=dict(org=row.org, name=row.hub_name), family=family.model_type) | row.fields for family, row in _PUBLISHED
-]
-name_to_config: dict[str, dict[str, Any]] = {config["name"]: config for config in configs}
-_PROMPTS = {row.name: row.prompt for _, row in _PUBLISHED}
-
-
-def _hub_id(hf_config: dict[str, str]) -> str:
-    return f"{hf_config['org']}/{hf_config['name']}"
-
-
-_BY_ANY_NAME = (
-    {_hub_id(config["hf_config"]): config["name"] for config in configs}
-    | {config["hf_config"]["name"]: config["name"] for config in configs}
-    | {name: name for name in name_to_config}
-)
-
-
 # Reading
-
-OURS_ALONE = {"family", "attn_proj_bias", "mlp_bias", "tie_embeddings", "mixers"}  # a file that has one of these is ours, not LitGPT's
-LITGPTS_ROPE_KEYS = {
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_seq_len",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-}
-LITGPTS_DEFAULTS: dict[str, Any] = dict(  # of the fields that we do not have
-    norm_qk=False,
-    norm_qk_type="default",
-    post_attention_norm=False,
-    post_mlp_norm=False,
-    shared_attention_norm=False,
-    norm_1=True,
-    norm_2=True,
-    attention_scores_scalar=None,
-    attention_logit_softcapping=None,
-    final_logit_softcapping=None,
-    latent_attention=None,
-    rope_interleave=False,
-    rope_local_base_freq=None,
-    rope_indices=None,
-    moe_intermediate_size=None,
-    n_expert=0,
-    n_expert_per_token=0,
-    n_shared_expert=None,
-    n_expert_groups=None,
-    n_topk_groups=None,
-    n_topk_scores_per_group=None,
-    first_k_dense_replace=None,
-    routed_scaling_factor=1.0,
-    norm_topk_prob=False,
-    scale_embeddings=False,
-)
-
-
-def _without_litgpts(mapping: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the fields of a `model_config.yaml` without those that LitGPT has and we do not, as long as they ask for nothing."""
-    for name, default in LITGPTS_DEFAULTS.items():
-        if name in mapping and mapping[name] != default and not (mapping[name] is None and not default):
-            raise UserError(f"{path} sets `{name}` to {mapping[name]!r}, which is not supported; only {default!r} is.")
-    kept = {name: value for name, value in mapping.items() if name not in LITGPTS_DEFAULTS}
-    if not OURS_ALONE & kept.keys() and not kept.get("attn_bias"):
-        kept.pop("attn_bias", None)  # LitGPT's false means: as `bias` says
-    return kept
 
 
 def _accepted(cls: type, values: dict[str, Any], where: str = "The config") -> dict[str, Any]:
@@ -388,8 +383,8 @@ def _identity(path: Path) -> dict[str, Any]:
             described = None  # config.json alone describes the model
         if isinstance(described, dict) and described.get("name"):
             return dict(name=str(described["name"]), hf_config=described.get("hf_config") or {})
-    if hub_id in _BY_ANY_NAME:
-        known = name_to_config[_BY_ANY_NAME[hub_id]]
+    if hub_id in BY_ANY_NAME:
+        known = name_to_config[BY_ANY_NAME[hub_id]]
         return dict(name=known["name"], hf_config=dict(known["hf_config"]))
     return dict(name=path.resolve().name)
 
@@ -412,108 +407,6 @@ def _family_of_type(mapping: Mapping[str, Any]) -> Family:
             f"Of {model_type!r} models, supported are: {', '.join(family.architectures)}."
         )
     return family
-
-
-# Checking and completing
-
-POSITIVE = (
-    *("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "padded_vocab_size"),
-    *("n_head", "head_size", "n_query_groups", "sliding_window_size", "intermediate_size"),
-)
-MOST = {"n_layer": 10_000}  # a damaged file must not make us fill the memory
-NUMBERS = ("norm_eps", "rope_base", "rotary_percentage", "rope_condense_ratio")
-FLAGS = ("parallel_residual", "bias", "attn_bias", "attn_proj_bias", "mlp_bias", "lm_head_bias", "tie_embeddings")
-CHOICES = {"norm_class_name": NORMS, "mlp_class_name": MLPS, "gelu_approximate": ("none", "tanh")}
-
-
-def _complete(config: Any) -> None:
-    """Check the fields of a config, and put values in the place of None."""
-    _check_types(config)
-    config.name = config.name or (config.hf_config or {}).get("name", "")
-    if config.head_size is None:
-        if config.n_embd % config.n_head:
-            raise UserError(
-                f"`n_embd` is a multiple of `n_head`, unless `head_size` is given, but got {config.n_embd} and {config.n_head}."
-            )
-        config.head_size = config.n_embd // config.n_head
-    if config.padded_vocab_size is None:
-        config.padded_vocab_size = find_multiple(config.vocab_size, config.padding_multiple)
-    config.vocab_size = min(config.vocab_size, config.padded_vocab_size)
-    config.n_query_groups = config.n_query_groups or config.n_head
-    if config.n_head % config.n_query_groups:
-        raise UserError(f"`n_head` is a multiple of `n_query_groups`, but got {config.n_head} and {config.n_query_groups}.")
-    if (n := int(config.rotary_percentage * config.head_size)) % 2:
-        raise UserError(
-            f"The rotated share of a head has pairs of features, but `head_size` {config.head_size} rotates {n}. Choose an even number."
-        )
-    if config.intermediate_size is None:
-        if config.mlp_class_name == "LLaMAMLP":
-            raise UserError("`mlp_class_name` is 'LLaMAMLP', which needs an `intermediate_size`, but that is not given.")
-        config.intermediate_size = 4 * config.n_embd
-    for name in ("attn_bias", "attn_proj_bias", "mlp_bias"):
-        if getattr(config, name) is None:
-            setattr(config, name, config.bias)
-    _complete_layers(config)
-    if config.rope_adjustments is not None:
-        config.rope_adjustments = dict(config.rope_adjustments) or None
-        _canonical_rope(config.rope_adjustments)  # checks it
-
-
-def _complete_layers(config: Any) -> None:
-    if config.sliding_window_size is None:
-        config.sliding_window_indices = None
-    else:
-        config.sliding_window_indices = _per_layer(config, "sliding_window_indices", 1, (0, 1))
-    config.mixers = _per_layer(config, "mixers", "attention", MIXERS)
-
-
-def _per_layer(config: Any, name: str, default: Any, allowed: tuple) -> list:
-    """Return one value for each layer; a list for a deeper model is cut, so that a config can be made shallower."""
-    values = getattr(config, name)
-    values = [default] * config.n_layer if values is None else list(values)
-    if len(values) < config.n_layer:
-        raise UserError(f"`{name}` has one value for each layer, but got {len(values)} for {config.n_layer} layers.")
-    for value in values:
-        if value not in allowed:
-            raise UserError(f"`{name}` holds {value!r}, but allowed are: {', '.join(map(repr, allowed))}.")
-    return values[: config.n_layer]
-
-
-def _check_types(config: Any) -> None:
-    for name in (*POSITIVE, *NUMBERS, *FLAGS):
-        value = getattr(config, name)
-        if value is None and DEFAULTS[name] is None:
-            continue
-        if name in FLAGS:
-            right, rule = isinstance(value, bool), "true or false"
-        else:
-            value = _number(value)
-            setattr(config, name, value)
-            right = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-            right = right and (value > 0 or name in ("norm_eps", "rotary_percentage"))
-            rule = "a positive number"
-            if name in POSITIVE:
-                most = MOST.get(name, 2**31)
-                right, rule = right and isinstance(value, int) and value <= most, f"a positive whole number of at most {most}"
-        if not right:
-            raise UserError(f"`{name}` is {rule}, but got {value!r}.")
-    if config.rotary_percentage > 1:
-        raise UserError(f"`rotary_percentage` is a share between 0 and 1, but got {config.rotary_percentage}.")
-    for name, allowed in CHOICES.items():
-        if (value := getattr(config, name)) not in allowed:
-            raise UserError(f"`{name}` is one of {', '.join(allowed)}, but got {value!r}.{did_you_mean(str(value), allowed)}")
-    if not isinstance(config.rope_adjustments, dict | None):
-        raise UserError(f"`rope_adjustments` is a mapping or null, but got {config.rope_adjustments!r}.")
-
-
-def _number(value: Any) -> Any:
-    """Return the number that a text spells (YAML reads `1e-5` as text), and a whole one without a fraction as such."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # Which family can express a config
@@ -540,7 +433,7 @@ def _inexpressible(config: Config, family: Family) -> list[str]:
     ours = _folded(config)
     try:
         back = SimpleNamespace(**DEFAULTS | family.read(family.write(ours)))
-        _complete(back)
+        complete(back, DEFAULTS)
     except UserError:
         back = SimpleNamespace()
     return [name for name in DEFAULTS if name not in NOT_COMPARED and ours[name] != getattr(back, name, None)]
@@ -549,22 +442,7 @@ def _inexpressible(config: Config, family: Family) -> list[str]:
 def _folded(config: Config) -> dict[str, Any]:
     """Return the fields of a config with its RoPE scaling spelled in the one way that families write."""
     values = {name: getattr(config, name) for name in DEFAULTS}
-    rope, ratio = _canonical_rope(config.rope_adjustments), config.rope_condense_ratio
+    rope, ratio = canonical_rope(config.rope_adjustments), config.rope_condense_ratio
     if ratio != 1 and (rope is None or rope.keys() == {"factor"}):
         rope, ratio = dict(factor=float(ratio) * (rope["factor"] if rope else 1)), 1
     return values | dict(rope_adjustments=rope, rope_condense_ratio=ratio)
-
-
-def _canonical_rope(adjustments: dict[str, Any] | None) -> dict[str, Any] | None:
-    if not adjustments:
-        return None
-    known = LITGPTS_ROPE_KEYS | {"rope_type", "dynamic", "attention_factor", "truncate"}
-    for key, value in adjustments.items():
-        if key not in known:
-            raise UserError(f"`rope_adjustments` has no key {key!r}.{did_you_mean(str(key), known)}")
-        if key != "rope_type" and not isinstance(value, int | float | None):
-            raise UserError(f"`{key}` in `rope_adjustments` is a number, but got {value!r}.")
-    try:
-        return parse_rope(format_rope(adjustments))
-    except UserError:
-        raise UserError(f"`rope_adjustments` lacks a value that its kind of scaling needs: {adjustments!r}.") from None
