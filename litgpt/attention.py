@@ -89,6 +89,7 @@ def new_context(
         context.tokens = span.positions >= 0 if span.padded else None
         context.masks = {w: cached_mask(span, w) for w in windows}
     elif segments is not None and segments.lengths is not None:
+        context.ids = segments.ids  # recurrent layers take all segments at once
         starts = [0, *accumulate(segments.lengths)]
         spans = zip(starts[:-1], starts[1:], strict=True)
         context.pieces = [(slice(a, b), Context({}, {w: causal_mask(b - a, w, device) for w in windows})) for a, b in spans]
@@ -180,11 +181,12 @@ def _look(
     mask, (B, T, H, D) = context.masks[window], q.shape
     if softcap is not None or sinks is not None:
         return _weighted(q, k, v, mask, D**-0.5 if scale is None else scale, softcap, sinks)
-    if T == 1 and H != k.size(1):  # the heads of a group are queries of one head: no key is repeated
-        y = F.scaled_dot_product_attention(q.view(B, k.size(1), -1, D), k, v, mask.visible, scale=scale)  # (B, G, H / G, E)
-        return y.reshape(B, 1, H, -1)
-    grouped = H != k.size(1)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask.visible, is_causal=mask.causal, scale=scale, enable_gqa=grouped)
+    G = k.size(1)
+    if H != G and not mask.causal and (T == 1 or G == 1):  # the heads of a group are queries of one head: no key is repeated
+        seen = mask.visible if T == 1 or mask.visible is None else mask.visible.repeat(1, 1, H, 1)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2).reshape(B, G, -1, D), k, v, seen, scale=scale)  # (B, G, H T / G, E)
+        return y.reshape(B, H, T, -1).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask.visible, is_causal=mask.causal, scale=scale, enable_gqa=H != G)
     return y.transpose(1, 2)
 
 

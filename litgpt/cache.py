@@ -1,7 +1,7 @@
 """What the layers of a model remember between calls, for many rows of different lengths."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -58,21 +58,106 @@ class KeyValues:
 
     def write(self, k: Tensor, v: Tensor, span: "Span") -> None:
         """Put the keys and values of a call, (B, T, G, D), where the span says."""
-        stretch = span.stretch(self.size)
-        if stretch is not None:
-            self.keys[span.rows, :, stretch] = k.transpose(1, 2)
-            self.values[span.rows, :, stretch] = v.transpose(1, 2)
-            return
-        slots = span.positions.remainder(self.size)  # (B, T)
-        if span.padded:
-            slots = torch.where(span.positions < 0, self.size, slots)
-        self.keys[span.index, :, slots] = k.to(self.keys.dtype)
-        self.values[span.index, :, slots] = v.to(self.values.dtype)
+        self._put([(self.keys, k), (self.values, v)], span)
 
     def read(self, span: "Span") -> tuple[Tensor, Tensor]:
         """Return the keys and values that the span's rows look at, (B, G, S, D) each."""
         live = min(span.read, self.size)
         return self.keys[span.rows, :, :live], self.values[span.rows, :, :live]
+
+    def _put(self, pairs: list[tuple[Tensor, Tensor]], span: "Span") -> None:
+        stretch = span.stretch(self.size)
+        if stretch is not None:
+            for ring, new in pairs:
+                ring[span.rows, :, stretch] = new.transpose(1, 2)
+            return
+        slots = span.positions.remainder(self.size)  # (B, T)
+        if span.padded:
+            slots = torch.where(span.positions < 0, self.size, slots)
+        for ring, new in pairs:
+            ring[span.index, :, slots] = new.to(ring.dtype)
+
+
+class Latents(KeyValues):
+    """One head of keys that are their own values: what all heads of a latent attention make theirs from.
+
+    A key is [latent | rotated part], and a value's features after the latent are for nobody: kept in one tensor, it costs
+    `kv_lora_rank + qk_rope_head_dim` numbers a token (arXiv:2405.04434).
+    """
+
+    @classmethod
+    def zeros(
+        cls, rows: int, length: int, chunk: int, width: int, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> "Latents":
+        """Return the empty memory of one layer; see `KeyValues.zeros`."""
+        size = length if window is None else min(length, window - 1 + chunk)
+        keys = torch.zeros((rows, 1, size + 1, width), dtype=dtype, device=device)
+        return cls(keys, keys, window, rewinds_freely=size == length)
+
+    def parts(self, row: int, length: int) -> list[Tensor]:
+        """Return views of all that a row of `length` tokens remembers."""
+        return super().parts(row, length)[:1]
+
+    def write(self, k: Tensor, v: Tensor, span: "Span") -> None:
+        """Put the keys of a call, (B, T, 1, width), where the span says."""
+        self._put([(self.keys, k)], span)
+
+
+@dataclass
+class Recent:
+    """What went into a recurrent layer at the last N tokens, in a ring."""
+
+    inputs: Tensor  # (R, N + 1, C); the last slot takes what need not be kept and is never read
+    rewinds_freely: bool = False  # what a state has folded into itself cannot be taken out again
+
+    @classmethod
+    def zeros(cls, rows: int, size: int, width: int, dtype: torch.dtype, device: torch.device) -> "Recent":
+        """Return the empty memory of one layer, of `size` tokens and `width` numbers each."""
+        return cls(torch.zeros((rows, size + 1, width), dtype=dtype, device=device))
+
+    @property
+    def size(self) -> int:
+        """How many tokens the ring holds."""
+        return self.inputs.size(1) - 1
+
+    def parts(self, row: int, length: int) -> list[Tensor]:
+        """Return views of all that a row of `length` tokens remembers."""
+        return [self.inputs[row, : min(length, self.size)]]
+
+    def read(self, span: "Span") -> tuple[Tensor, Tensor]:
+        """Return the inputs of the N tokens before a call and their positions, (B, N, C) and (B, N); zeros where there was none."""
+        places = span.starts.unsqueeze(1) + torch.arange(-self.size, 0, device=span.starts.device)  # (B, N)
+        inputs = self.inputs[span.index[:, :1], places.remainder(self.size)]
+        return inputs.masked_fill((places < 0).unsqueeze(-1), 0.0), places
+
+    def write(self, inputs: Tensor, span: "Span") -> None:
+        """Keep the last N of a call's inputs (B, T, C)."""
+        kept = span.positions >= (span.ends - self.size).clamp(min=0).unsqueeze(1)  # (B, T)
+        slots = torch.where(kept, span.positions.remainder(self.size), self.size)
+        self.inputs[span.index, slots] = inputs.to(self.inputs.dtype)
+
+
+@dataclass
+class DeltaState(Recent):
+    """The matrix of a delta rule, and the inputs that are not yet part of it.
+
+    The matrix stands for the tokens before the row's floor. What came since is computed from the inputs in every call,
+    so that a row is truncated by changing its length alone.
+    """
+
+    matrix: Tensor = field(kw_only=True)  # (R, H, K, V), fp32: its errors add up
+
+    def parts(self, row: int, length: int) -> list[Tensor]:
+        """Return views of all that a row of `length` tokens remembers."""
+        return [*super().parts(row, length), self.matrix[row]]
+
+    def read_matrix(self, span: "Span") -> Tensor:
+        """Return the matrices at the floors before the call, (B, H, K, V)."""
+        return self.matrix[span.rows].masked_fill((span.floors[:, 0] == 0).view(-1, 1, 1, 1), 0.0)
+
+    def write_matrix(self, matrix: Tensor, span: "Span") -> None:
+        """Put the matrices at the floors after the call, (B, H, K, V)."""
+        self.matrix[span.rows] = matrix
 
 
 @dataclass
@@ -151,7 +236,8 @@ class Cache:
     def __init__(self, states: Sequence[State | None], rows: int, length: int, chunk: int, rewind: int, device: torch.device) -> None:
         self.states, self.length, self.chunk, self.rewind, self.device = list(states), length, chunk, rewind, device
         self.bucket = 1  # attention reads a multiple of so many slots, which is what compiled decoding needs
-        self.sizes = {state.window: state.size for state in self.states if isinstance(state, KeyValues)}  # of the rings, by window
+        rings = [state for state in self.states if isinstance(state, KeyValues)]
+        self.sizes = {None: length} | {ring.window: ring.size for ring in rings}  # by window
         self.lengths, self.floors = [0] * rows, [0] * rows
         self.rewinds_freely = all(state is None or state.rewinds_freely for state in self.states)
 

@@ -1,30 +1,27 @@
-"""The command line: one table of commands, and what turns words and recipes into a function's arguments.
+"""The command line: one table of commands, and what calls their functions and explains mistakes.
 
-jsonargparse derives every flag, type and help text from the function's signature and docstring. Before it sees anything,
-`rewritten` puts recipes first, so that flags override them whatever their order, spells names out, and turns every way to
-name an optimizer into the fields of `OptimizerArgs`. `explained` makes one sentence of jsonargparse's errors.
+jsonargparse derives every flag, type and help text from the function's signature and docstring; `litgpt.recipes` prepares the words
+that it sees, and `explained` makes one sentence of its errors.
 """
 
+import codecs
 import inspect
-import json
 import os
 import re
 import sys
 import textwrap
 import traceback
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
+from io import TextIOWrapper
 from typing import Any, get_args
-from urllib.request import urlopen
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, get_loader, set_parsing_settings
-from yaml import YAMLError
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from litgpt.args import optimizer_fields
-from litgpt.errors import MissingFile, UserError, did_you_mean
+from litgpt.errors import UserError, did_you_mean
+from litgpt.recipes import DATA, Options, merge, read_recipe, rewritten
 
 COMMANDS = {  # name: (where its function is, what it does)
     "download": ("litgpt.scripts.download:download_from_hub", "Download a model, or `list` the known ones."),
@@ -37,10 +34,9 @@ COMMANDS = {  # name: (where its function is, what it does)
     "convert_to_litgpt": ("litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint", "Write LitGPT's files beside a checkpoint's own."),
     "convert_from_litgpt": ("litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint", "Write a complete Hugging Face folder."),
     "merge_lora": ("litgpt.scripts.merge_lora:merge_lora", "Add a LoRA update to the weights it was trained beside."),
+    "export_gguf": ("litgpt.scripts.export_gguf:export_gguf", "Write a GGUF file for llama.cpp and Ollama."),
 }
 USAGE = "usage: litgpt [-h] [--version] [--config FILE_OR_URL] COMMAND ..."
-DATA = "litgpt.data"  # the package whose names `--data` accepts
-OLDER_NAMES = {"learning_rate": "lr", "weight_decay": "weight_decay", "beta1": "beta1", "beta2": "beta2"}  # of 2024, under `train`
 TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "dict": "a mapping", "NoneType": "null"}
 
 
@@ -50,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: The words after `litgpt`. By default those that this process was started with.
     """
+    open_streams()
     try:
         dispatch(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
@@ -59,7 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:  # what is left would be tried again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
     except SystemExit as stop:  # after printing help or a configuration
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -67,6 +68,18 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def open_streams() -> None:
+    """Make standard input, output and errors usable: closed ones are empty, and what the terminal cannot show becomes a `?`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order, to get the numbers that are free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):  # errors are escaped anyway
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, TextIOWrapper):  # UTF-8 is what an ASCII terminal may send beyond ASCII; the tokenizer refuses the rest
+        ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="surrogateescape")
 
 
 def dispatch(argv: list[str]) -> None:
@@ -243,189 +256,6 @@ def construct(kind: type, *args: Any, **kwargs: Any) -> Any:
         return kind(*args, **kwargs)
     except Exception as error:
         raise ConstructorFailed(error) from None
-
-
-class Options:
-    """The names that a command's flags and recipes may use."""
-
-    def __init__(self, parser: ArgumentParser, command: str) -> None:
-        actions = parser._actions
-        names = {(action.option_strings or [f"--{action.dest}"])[-1].removeprefix("--") for action in actions}
-        self.command = command
-        self.positionals = [action.dest for action in actions if not action.option_strings]
-        self.objects = {name.removesuffix(".help") for name in names if name.endswith(".help")}  # their class is an option too
-        self.names = {name for name in names if not name.endswith(".help")}
-        self.groups = {name.rpartition(".")[0] for name in self.names} - {""}
-        if "optimizer" in self.groups:
-            self.names |= {"optimizer.class_path", *(f"train.{name}" for name in OLDER_NAMES)}
-            self.betas = parser.get_defaults().optimizer.betas
-
-    def spelled_out(self, flag: str) -> str:
-        """Return the full name of a flag, each of whose parts may be shortened as long as it stays unique."""
-        done: list[str] = []
-        parts = flag.split(".")
-        for place, part in enumerate(parts):
-            if done and ".".join(done) not in self.groups:
-                return ".".join([*done, *parts[place:]])
-            known = {name.split(".")[place] for name in self.names if name.split(".")[:place] == done and name.count(".") >= place}
-            matches = [part] if part in known else sorted(name for name in known if name.startswith(part))
-            if not matches:
-                raise UserError(self.unknown(flag, "--"))
-            if len(matches) > 1:
-                choices = [".".join([*done, match]) for match in matches]
-                raise UserError(f"`--{flag}` is short for several options: {', '.join(f'`--{choice}`' for choice in choices)}.")
-            done.append(matches[0])
-        return ".".join(done)
-
-    def unknown(self, name: str, dashes: str = "", also: Iterable[str] = ()) -> str:
-        """Say that there is no such option, and which one may have been meant."""
-        hint = did_you_mean(name, [*self.names, *also]).replace("'", f"'{dashes}", 1) or f" `litgpt {self.command} -h` lists them."
-        if name.startswith("optimizer."):
-            hint += f" The arguments of its class go to `{dashes}optimizer.init_args.NAME`."
-        return f"`litgpt {self.command}` has no option `{dashes}{name}`.{hint}"
-
-    def check(self, recipe: Mapping[str, Any], group: str = "") -> None:
-        """Raise a `UserError` unless every key of a recipe is an option."""
-        for key, value in recipe.items():
-            name = f"{group}.{key}".lstrip(".")
-            if name not in self.names | self.groups:
-                raise UserError(self.unknown(name))
-            if name in self.groups and isinstance(value, Mapping):
-                self.check(value, name)
-            elif name in self.groups and value is not None and not (name == "optimizer" and isinstance(value, str)):
-                raise UserError(f"`{name}` holds options, so it has to be a mapping, but got {value!r}.")
-
-
-def rewritten(options: Options, argv: list[str], recipe: Mapping[str, Any]) -> list[str]:
-    """Return the words as jsonargparse wants them: one recipe, then `--flag=value` with full names.
-
-    Args:
-        options: The names that the command knows.
-        argv: The words after the command.
-        recipe: Options that come before those in the files that `argv` names.
-    """
-    layers, groups, fields, positionals, flags = [recipe], [], [], [], []
-    words = iter(argv)
-    for word in words:
-        if word in ("-h", "--help"):
-            return ["--help"]
-        if word == "--":
-            positionals += words
-        elif not word.startswith("-") or word == "-":
-            positionals.append(word)
-        elif not word.startswith("--"):
-            raise UserError(options.unknown(word))
-        else:
-            name, equals, value = word[2:].partition("=")
-            name = options.spelled_out(name)
-            if name == "help":
-                return ["--help"]
-            if name.endswith(".help"):
-                return [f"--{name}", *([value] if equals else words)]
-            if name == "print_config":
-                value = value.replace("skip_null", "skip_unset")
-            elif not equals and (value := next(words, "--")).startswith("--"):
-                raise UserError(f"`--{name}` wants a value. Write `--{name}=VALUE` if it begins with dashes.")
-            if name == "config":
-                layers.append(read_recipe(value))
-            elif name in options.objects and is_recipe(value):
-                layers.append({name: read_recipe(value)})
-            elif name in options.groups:
-                groups.append(nested(name, mapping_in(value, name)))
-            elif name.startswith("optimizer.") or name.removeprefix("train.") in OLDER_NAMES:
-                fields.append(nested(name, yaml_value(value, name)))
-            elif name in options.positionals:
-                fields.append({name: value})
-            else:
-                flags.append((name, value))
-    if len(positionals) > len(options.positionals):
-        surplus = " ".join(positionals[len(options.positionals) :])
-        takes = ", ".join(f"`{name}`" for name in options.positionals) or "none"
-        raise UserError(f"`litgpt {options.command}` takes {takes} without a flag, but also got {surplus!r}.")
-    fields.append(dict(zip(options.positionals, positionals)))
-    merged = merged_recipe(options, [*layers, *groups, *fields])
-    flags.sort(key=lambda flag: flag[0].count("."))  # a class before its arguments
-    return [f"--config={json.dumps(merged, default=str, ensure_ascii=False)}", *(f"--{name}={value}" for name, value in flags)]
-
-
-def merged_recipe(options: Options, layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return one recipe in which later layers win, and older names and every form of `optimizer` are today's fields."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        options.check(layer)
-        layer = {name: value for name, value in layer.items() if not (value is None and name in options.groups)}
-        for name in options.objects & set(layer):
-            if isinstance(layer[name], str) and is_recipe(layer[name]):
-                layer[name] = read_recipe(layer[name])
-        if "optimizer" in options.groups:
-            optimizer = optimizer_fields(layer.pop("optimizer", {}))
-            train = dict(layer.get("train", {}))
-            older = {field: train.pop(name) for name, field in OLDER_NAMES.items() if name in train}
-            layer |= {"train": train, "optimizer": older | optimizer}
-        merge(merged, layer)
-    optimizer = merged.get("optimizer", {})
-    if {"beta1", "beta2"} & set(optimizer):
-        first, second = optimizer.get("betas", options.betas)
-        optimizer["betas"] = [optimizer.pop("beta1", first), optimizer.pop("beta2", second)]
-    return {name: value for name, value in merged.items() if value != {}}
-
-
-def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Put options over others in place. Another class does not inherit the arguments of the one before."""
-    for key, value in new.items():
-        old = into.get(key)
-        if not isinstance(old, dict) or not isinstance(value, Mapping) or "class_path" in value:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
-            continue
-        if value.get("name", old.get("name")) != old.get("name"):
-            old.pop("init_args", None)
-        merge(old, value)
-
-
-def nested(name: str, value: Any) -> dict[str, Any]:
-    """Return `{"a": {"b": value}}` for the name `a.b`."""
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    return value
-
-
-def is_recipe(text: str) -> bool:
-    """Whether the text names a YAML or JSON file, or an address of one."""
-    return text.startswith(("http://", "https://")) or ("\n" not in text and Path(text).suffix in (".yaml", ".yml", ".json"))
-
-
-def read_recipe(where: str) -> dict[str, Any]:
-    """Return the options in a YAML file or at a URL."""
-    try:
-        if where.startswith(("http://", "https://")):
-            with urlopen(where, timeout=30) as response:
-                text = response.read().decode()
-        else:
-            text = Path(where).read_text()
-    except FileNotFoundError:
-        raise MissingFile(f"There is no file {where!r}. Options can be read from a YAML file or a URL.") from None
-    except (OSError, ValueError) as error:  # among them every error of a URL, and bytes that are no text
-        raise UserError(f"The recipe {where!r} cannot be read: {error}.") from None
-    recipe = yaml_value(text, where)
-    if not isinstance(recipe, dict):
-        raise UserError(f"A recipe is a mapping from options to values, but {where!r} holds {recipe!r:.80}.")
-    return recipe
-
-
-def mapping_in(text: str, name: str) -> dict[str, Any] | str:
-    """Return the mapping that a whole group of options was given as, or the name of an optimizer."""
-    value = read_recipe(text) if is_recipe(text) else yaml_value(text, name)
-    if isinstance(value, dict) or (name == "optimizer" and isinstance(value, str)):
-        return value
-    raise UserError(f"`--{name}` wants a mapping or a YAML file, but got {text!r}. For one option write `--{name}.OPTION`.")
-
-
-def yaml_value(text: str, where: str) -> Any:
-    """Return what YAML text means, with numbers such as 1e-3 as numbers."""
-    try:
-        return get_loader("yaml")(text)
-    except YAMLError as error:
-        raise UserError(f"{where!r} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def data_names() -> list[str]:

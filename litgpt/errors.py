@@ -33,6 +33,10 @@ def disk_error(error: BaseException) -> str | None:
         return "the file would grow beyond what the system allows. Choose a folder on another disk."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "writing is not allowed there. Choose another folder."
+    if number == errno.ENAMETOOLONG:
+        return "its name is longer than the system allows. Choose a shorter one."
+    if number == errno.ENOTDIR:
+        return "a part of its path is a file, not a folder. Choose another folder."
     return None
 
 

@@ -1,6 +1,5 @@
 """Talk to the Hugging Face hub: what a repository holds, which files to take, downloads that go on where they stopped, clear errors."""
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from litgpt import names
 from litgpt.errors import MissingFile, UserError, disk_error
+from litgpt.files import indexed_files
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 OTHER_WEIGHTS = (
@@ -28,6 +28,7 @@ OTHER_WEIGHTS = (
     "scheduler",
     "rng_state",
 )  # not the model in Hugging Face's layout
+TOKEN = re.compile("[!-~]+")  # what the header of a request can carry
 COMMIT = "commit"  # in a folder that is being downloaded: names the version that its files are of
 PAUSES = (1, 2, 5, 10, 20)  # seconds between attempts that bring nothing new
 SECONDS_BETWEEN_LINES = 10
@@ -61,7 +62,7 @@ class Repository:
         """
         with clear_errors(self.id, self.token, f"The download of {file} from {self.id}"):
             if folder.is_dir() and not _is_of(folder, self.revision):
-                shutil.rmtree(folder)
+                discard(folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / COMMIT).write_text(self.revision)
             target, partial = folder / file, folder / (file + names.PARTIAL)
@@ -138,22 +139,10 @@ class Repository:
         raise MissingFile(f"{self.id} on the hub holds no weights that can be read: neither *.safetensors nor *.bin.")
 
     def _indexed(self, index: Path) -> list[str]:
-        files = indexed(index)
+        files = indexed_files(index)
         if unknown := [name for name in files if name not in self.sizes]:
             raise MissingFile(f"{index.name} in {self.id} names {unknown[0]!r}, which is not on the hub.")
         return files
-
-
-def indexed(index: Path) -> list[str]:
-    """Return the names of the files that an index of weights lists, all of which lie beside it."""
-    try:
-        listed = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index} is damaged. Delete it and download it again.") from None
-    for name in listed:  # `checkpoint.hf_weight_files` has the same rule, and starts without the hub's package
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-            raise UserError(f"{index} names {name!r}, but may only name files that lie beside it. Use a checkpoint from another source.")
-    return sorted(set(listed))
 
 
 def endpoint() -> str | None:
@@ -172,11 +161,21 @@ def find_repository(repo_id: str, access_token: str | None = None) -> Repository
         NotOnHub: There is none of this name, or the hub cannot be reached.
         UserError: It is gated, or the token is refused.
     """
-    token = access_token or get_token()
+    token = access_token or _saved_token()
+    if token is not None and not TOKEN.fullmatch(token):
+        raise UserError("The access token holds characters that no token has. Copy it again into HF_TOKEN or --access_token.")
     with clear_errors(repo_id, token, f"Looking for {repo_id} on the hub", NotOnHub):
         info = HfApi(endpoint=endpoint(), token=token).model_info(repo_id, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
     return Repository(repo_id, info.sha or "main", sizes, token)
+
+
+def _saved_token() -> str | None:
+    try:
+        return get_token()
+    except (OSError, UnicodeDecodeError) as error:
+        way = "Put the token into HF_TOKEN or --access_token, or save it again with: hf auth login"
+        raise UserError(f"The access token that was saved on this machine cannot be read ({error}). {way}") from None
 
 
 @contextmanager
@@ -273,6 +272,18 @@ def progress(file: str, size: int, done: int) -> Iterator[Callable[[int], None]]
     yield advance
     console.file.write(f"{file}: {amount(size)}\n")
     console.file.flush()
+
+
+def discard(folder: Path) -> None:
+    """Delete what was downloaded into a folder.
+
+    Raises:
+        UserError: It is not one that was downloaded into.
+    """
+    if (folder / COMMIT).is_file():
+        shutil.rmtree(folder)
+    elif any(folder.iterdir()):
+        raise UserError(f"{folder} is in the way, a name that is needed for the download. Move it, or delete it.")
 
 
 def _is_of(folder: Path, revision: str) -> bool:

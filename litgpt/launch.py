@@ -21,8 +21,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from litgpt.args import LogArgs
+from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean, optional
-from litgpt.hardware import compute_dtype, find_device, parse_devices
+from litgpt.hardware import compute_dtype, find_device, parse_devices, training_fits
+from litgpt.model import GPT
 
 # Dtypes
 
@@ -86,6 +88,26 @@ def cast_parameters(model: nn.Module, precision: str) -> None:
 # Processes
 
 
+def fits_each_device(config: Config, any_frozen: bool, precision: str, devices: int | str, num_nodes: int = 1) -> bool:
+    """Say whether each of several devices can hold a training whole; true for one, which has no choice.
+
+    Args:
+        config: Of the model.
+        any_frozen: Whether the model itself is frozen; what is trained beside it hardly counts.
+        precision: A key of `PRECISIONS`.
+        devices: As `launch_fabric` takes it.
+        num_nodes: How many machines.
+    """
+    device, n_local = find_device(), parse_devices(devices)
+    if n_local * num_nodes <= 1:
+        return True
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
+    n_trained, n_frozen = (0, n_parameters) if any_frozen else (n_parameters, 0)
+    size = PRECISIONS[precision].frozen.itemsize  # that of a model which is trained whole, too
+    return training_fits(n_trained, n_frozen, device, size, size, n_sharing=n_local if device.type == "cpu" else 1)
+
+
 def launch_fabric(
     devices: int | str = 1,
     num_nodes: int = 1,
@@ -107,7 +129,7 @@ def launch_fabric(
         precision: A key of `PRECISIONS`; `cast_parameters` carries out the rest of it.
         tensor_parallel: How many processes hold one copy of a layer together.
         cpu_offload: Keep the sharded weights, gradients and optimizer in the CPU's memory. Needs `fsdp`.
-        fits_one_device: What the memory plan says (`hardware.training_fits`).
+        fits_one_device: What `fits_each_device` says.
         loggers: Where `fabric.log_dict` writes.
 
     Raises:

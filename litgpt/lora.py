@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +14,14 @@ from torch import Tensor
 from litgpt import config as base
 from litgpt import model as base_model
 from litgpt.errors import UserError
+from litgpt.experts import Experts, Rows, grouped_linear
+
+MAKES = {  # what layers of other mixers than plain attention make, where it is not their output
+    "gate": ["query"],
+    **dict.fromkeys(("q", "q_a", "q_b"), ["query"]),
+    **dict.fromkeys(("kv_a", "kv_b"), ["key", "value"]),
+    **dict.fromkeys(("in_proj", "in_proj_qkvz", "in_proj_ba"), ["query", "key", "value"]),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,11 @@ class LoRA:
     head: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, wanted = getattr(self, field.name), {"r": int, "alpha": int | float, "dropout": int | float}.get(field.name, bool)
+            if not isinstance(value, wanted) or (wanted is not bool and (isinstance(value, bool) or not math.isfinite(value))):
+                kind = {int: "an integer", bool: "true or false"}.get(wanted, "a number")
+                raise UserError(f"`lora_{field.name}` is {kind}, but got {value!r:.40}.")
         if self.r < 1:
             raise UserError(f"`lora_r` is the rank of the update and at least 1, but got {self.r}.")
         if not 0 <= self.dropout < 1:
@@ -47,8 +61,11 @@ class LoRA:
         *_, part, leaf = f".{name}".split(".")
         if (part, leaf) == ("attn", "qkv"):
             return [self.query, self.key, self.value]
-        wanted = {"attn": self.projection, "mlp": self.mlp}.get(part, self.head if leaf == "lm_head" else False)
-        return [wanted]
+        if part == "attn":
+            return [any(getattr(self, made) for made in MAKES.get(leaf, ["projection"]))]
+        if part in ("mlp", "shared"):
+            return [self.mlp and leaf not in ("gate", "shared_gate")]
+        return [self.head and leaf == "lm_head"]
 
 
 class LoRALinear(nn.Module):
@@ -125,9 +142,8 @@ class LoRALinear(nn.Module):
     def merged(self) -> nn.Module:
         """Return a plain linear layer that computes the same, in the weight's own dtype."""
         weight, bias = self.linear.weight, self.linear.bias
-        update = self.scaling * (self.spread().float() @ self.lora_A.float())
         plain = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        plain.weight = nn.Parameter((weight.float() + update).to(weight.dtype), requires_grad=False)
+        plain.weight = nn.Parameter(updated(weight, self.lora_A, self.spread(), self.scaling), requires_grad=False)
         plain.bias = bias
         return plain
 
@@ -139,6 +155,72 @@ class LoRALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class LoRAExperts(Experts):
+    """Frozen experts and trainable low-rank updates of each one's two matrices, y = W x + alpha / r * B A x.
+
+    Args:
+        experts: The frozen ones.
+        r: The rank of each update.
+        alpha: The updates are scaled by alpha / r.
+    """
+
+    def __init__(self, experts: Experts, r: int, alpha: float) -> None:
+        nn.Module.__init__(self)
+        self.base, self.r, self.scaling = experts, r, alpha / r
+        self.n_expert, self.limit = experts.n_expert, experts.limit
+        like = dict(device=experts.gate_up.device, dtype=torch.float32)
+        for name, weight in (("up", experts.gate_up), ("down", experts.down)):
+            n, outer, inner = weight.shape
+            setattr(self, f"lora_{name}_A", nn.Parameter(torch.empty(n, r, inner, **like)))
+            setattr(self, f"lora_{name}_B", nn.Parameter(torch.empty(n, outer, r, **like)))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start from no update at all: A is uniform as a linear layer's weight, B is zero."""
+        for A, B in ((self.lora_up_A, self.lora_up_B), (self.lora_down_A, self.lora_down_B)):
+            bound = 1 / math.sqrt(A.size(2))
+            nn.init.uniform_(A, -bound, bound, generator=generator)
+            nn.init.zeros_(B)
+
+    def project_up(self, x: Tensor, rows: Rows) -> Tensor:
+        hidden = grouped_linear(x, self.lora_up_A.to(x.dtype), rows, spread=True) * self.scaling  # (S, r)
+        return self.base.project_up(x, rows) + grouped_linear(hidden, self.lora_up_B.to(x.dtype), rows)
+
+    def project_down(self, x: Tensor, rows: Rows) -> Tensor:
+        hidden = grouped_linear(x, self.lora_down_A.to(x.dtype), rows) * self.scaling
+        return self.base.project_down(x, rows) + grouped_linear(hidden, self.lora_down_B.to(x.dtype), rows)
+
+    def mixed_bias(self, indices: Tensor, weights: Tensor) -> Tensor | None:
+        return self.base.mixed_bias(indices, weights)
+
+    @torch.no_grad()
+    def merged(self) -> Experts:
+        """Return plain experts that compute the same, in the weights' own dtype."""
+        plain = copy(self.base)
+        gate_up = updated(self.base.gate_up, self.lora_up_A, self.lora_up_B, self.scaling)
+        down = updated(self.base.down, self.lora_down_A, self.lora_down_B, self.scaling)
+        weights = dict(gate_up=nn.Parameter(gate_up, requires_grad=False), down=nn.Parameter(down, requires_grad=False))
+        plain._parameters = self.base._parameters | weights
+        return plain
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Take the weights of plain experts under their own names."""
+        for name in self.base._parameters:
+            if (key := prefix + name) in state_dict:
+                state_dict[f"{prefix}base.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return W + scale * B A in the weight's dtype, of one matrix or of a stack, of which one at a time is there in fp32."""
+    if weight.ndim == 3:
+        stack = torch.empty_like(weight)
+        for e in range(len(stack)):
+            stack[e] = updated(weight[e], A[e], B[e], scale)
+        return stack
+    return (weight.float() + scale * (B.float() @ A.float()).to(weight.device)).to(weight.dtype)
+
+
 def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
     """Wrap the layers that `lora` chooses and freeze all but their updates.
 
@@ -146,14 +228,25 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
         model: A `GPT`; its own weights stay as they are, and so does what it computes.
         lora: Sizes and choices.
         seed: Every update starts from (seed, its layer's name), so that the start does not depend on how a model is spread.
+
+    Raises:
+        UserError: Inputs of experts' updates would be dropped, which PEFT's format cannot express.
     """
-    for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or not any(enabled := lora.enabled(name)):
+    if lora.mlp and lora.dropout and model.config.n_expert:
+        raise UserError(
+            f"`lora_dropout` is 0 where `lora_mlp` updates experts, but got {lora.dropout}. Set it to 0, or turn `lora_mlp` off."
+        )
+    for name, plain in list(model.named_modules()):
+        if not isinstance(plain, nn.Linear | Experts) or not any(enabled := lora.enabled(name)):
             continue
-        sizes = model.config.qkv_sizes if len(enabled) == 3 else None
-        layer = LoRALinear(linear, lora.r, lora.alpha, lora.dropout, sizes, enabled)
-        if not layer.lora_A.is_meta:
-            layer.reset_parameters(torch.Generator(layer.lora_A.device).manual_seed(seed_of(seed, name)))
+        if isinstance(plain, Experts):
+            layer = LoRAExperts(plain, lora.r, lora.alpha)
+        else:
+            sizes = model.config.qkv_sizes if len(enabled) == 3 else None
+            layer = LoRALinear(plain, lora.r, lora.alpha, lora.dropout, sizes, enabled)
+        device = next(layer.parameters(recurse=False)).device
+        if device.type != "meta":
+            layer.reset_parameters(torch.Generator(device).manual_seed(seed_of(seed, name)))
         model.set_submodule(name, layer)
     mark_only_lora_as_trainable(model)
 
@@ -192,7 +285,7 @@ def lora_filter(key: str, value: Any) -> bool:
 def merge_lora_weights(model: nn.Module) -> None:
     """Add every update to its layer's weight and put plain layers back. A head that was tied gets a weight of its own."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear | LoRAExperts):
             if name == "lm_head":
                 model.config = replace(model.config, tie_embeddings=False)
             model.set_submodule(name, layer.merged())

@@ -1,9 +1,11 @@
 """What a run says about itself: the values that are logged, the line or bar that is shown, the report at its end."""
 
 import math
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from time import perf_counter
 from types import TracebackType
@@ -113,8 +115,17 @@ def validation_values(val_loss: float) -> dict[str, float]:
 # What is shown
 
 
+class _Console(Console):
+    """A console that leaves it to its user what a closed output means; rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class ProgressLine:
     """A bar on a terminal, else one plain line for each logged step. Use it as a context.
+
+    An output that is closed or full (`litgpt finetune ... | head`) shows nothing more, and training goes on.
 
     Args:
         max_steps: All steps of the run, or None if it has no planned end.
@@ -124,7 +135,7 @@ class ProgressLine:
 
     def __init__(self, max_steps: int | None, shown: bool = True, console: Console | None = None) -> None:
         self.max_steps, self.shown = max_steps, shown
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Console(highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
         if shown and self.console.is_terminal:
             columns = (
@@ -139,12 +150,14 @@ class ProgressLine:
 
     def __enter__(self) -> Self:
         if self.bar is not None:
-            self.bar.start()
+            with self._unharmed():
+                self.bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with self._unharmed():
+                self.bar.stop()
 
     def update(self, values: Mapping[str, float]) -> None:
         """Show what `Meter.values` returned."""
@@ -158,8 +171,31 @@ class ProgressLine:
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self.shown:
-            self.console.print(text, markup=False)
-            self.console.file.flush()
+            with self._unharmed():
+                self.console.print(text, markup=False)
+                self.console.file.flush()
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """Go on in silence if the output takes no more."""
+        try:
+            yield
+        except OSError as error:
+            first, self.shown = self.shown, False
+            with suppress(OSError):  # an output of Python's own has no descriptor
+                self._discard()
+            if first:
+                why = f"cannot be written ({error.strerror or 'closed'})"
+                with suppress(OSError):
+                    print(f"Nothing more is shown, for the output {why}; training goes on.", file=sys.stderr)
+
+    def _discard(self) -> None:
+        """Let what is still buffered go nowhere, lest it be written when the program ends, and fail again."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, self.console.file.fileno())
+        finally:
+            os.close(nowhere)
 
 
 def _details(values: Mapping[str, float]) -> str:

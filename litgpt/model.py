@@ -3,7 +3,10 @@
 Everything a layer needs to know about the call (positions, masks, cache) is in a `Context`; nothing here knows of files or training.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -12,10 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.attention import Context, Segments, attend, new_context
-from litgpt.cache import Cache, KeyValues, Span, State
+from litgpt.cache import Cache, KeyValues, Latents, Span, State
 from litgpt.config import Config
+from litgpt.experts import LLaMAMoE, kept_router_logits, load_balancing_loss
 from litgpt.loss import IGNORED, Loss, token_nll
+from litgpt.recurrent import GatedDelta, ShortConvolution
 from litgpt.rope import Rope, rotated
+
+LATENT_NORM_EPS = 1e-6  # of the norms inside latent attention, whatever the other norms have
 
 
 class GPT(nn.Module):
@@ -43,6 +50,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
         self.rope = Rope(config)
         self.activation_checkpointing = False  # compute each block again in its backward pass instead of keeping what it made
+        self.expert_balance = 0.0  # how much `Loss.aux` makes of an uneven spread of tokens over experts
         self.tie()
 
     @classmethod
@@ -99,7 +107,9 @@ class GPT(nn.Module):
         if cache is not None and (positions is not None or segments is not None):
             raise ValueError("A cache knows the positions of its rows: pass neither `positions` nor `segments` beside it.")
         span = cache.span([idx.size(1)] * idx.size(0)) if isinstance(cache, Cache) else cache
-        x = self._blocks(idx, positions, segments, span)  # (B, T, C)
+        balanced = self.expert_balance > 0 and targets is not None and self.config.n_expert > 0
+        with kept_router_logits(self) if balanced else nullcontext([]) as router_logits:
+            x = self._blocks(idx, positions, segments, span)  # (B, T, C)
         if select is not None:
             x = x.flatten(0, 1)[last_tokens(idx, positions, segments, span) if isinstance(select, str) else select]  # (n, C)
         x = self.transformer.ln_f(x)
@@ -108,7 +118,11 @@ class GPT(nn.Module):
         if targets is None:
             return self._finished(self.lm_head(x))
         nll = token_nll(self.lm_head, x, targets, finish=self._finished)  # (B, T)
-        return nll if output == "token_nll" else Loss(nll.sum(), (targets != IGNORED).sum())
+        if output == "token_nll":
+            return nll
+        config, real = self.config, None if positions is None else (positions >= 0).expand_as(idx)
+        unevenness = load_balancing_loss(router_logits, config.n_expert, config.n_expert_per_token, real) if balanced else 0.0
+        return Loss(nll.sum(), (targets != IGNORED).sum(), self.expert_balance * unevenness)
 
     def _finished(self, logits: Tensor) -> Tensor:
         """Return what the head's output has to become: scaled, and soft-capped."""
@@ -125,7 +139,9 @@ class GPT(nn.Module):
 
     def _blocks(self, idx: Tensor, positions: Tensor | None, segments: Segments | None, span: Span | None) -> Tensor:
         x = self._embedded(idx)
-        windows, kind = set(self.config.windows), x.device.type
+        kind = x.device.type
+        pairs = zip(self.config.windows, self.config.mixers, strict=True)
+        windows = {window for window, mixer in pairs if mixer in ("attention", "latent")}
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         context = new_context(idx, positions, segments, span, windows, self.rope, dtype)
         if self.config.learned_positions:
@@ -221,12 +237,13 @@ class CausalSelfAttention(nn.Module):
         return KeyValues.zeros(rows, groups, length, max(chunk, rewind), self.head_size, self.window, dtype, device)
 
     def forward(self, x: Tensor, context: Context, state: KeyValues | None = None) -> Tensor:
-        qkv = self.qkv(x) if self.clip is None else self.qkv(x).clamp(-self.clip, self.clip)
-        heads = qkv.unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, D)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, D)
         groups = heads.size(2) // (self.shares + 2)
         turning, v = heads.split((heads.size(2) - groups, groups), dim=2)
         if self.norm_q is not None:
             turning = torch.cat(self._normed(*turning.split((self.shares * groups, groups), dim=2)), dim=2)
+        if self.clip is not None:
+            turning, v = turning.clamp(-self.clip, self.clip), v.clamp(-self.clip, self.clip)
         if (rotation := context.rotations[self.turns]) is not None:
             turning = rotated(turning, rotation, self.interleave)
         q, k = turning.split((self.shares * groups, groups), dim=2)
@@ -239,6 +256,107 @@ class CausalSelfAttention(nn.Module):
         if self.flat:
             return tuple(norm(x.flatten(2)).view_as(x) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
         return self.norm_q(q), self.norm_k(k)
+
+
+class LatentAttention(nn.Module):
+    """Attention whose cache holds, for each token, one latent and one rotated key that all heads share (arXiv:2405.04434).
+
+    `kv_b` makes a head's keys and values from the latent. A cached call over few tokens leaves the latents as they are: it multiplies
+    queries by the part of `kv_b` that makes keys, looks at the latents with one key head for all, and multiplies what it gathers by the
+    part that makes values. How many heads there are the width of `q_b` and `kv_b` says.
+
+    Args:
+        config: The architecture; `latent_attention` names the sizes.
+        i: Which layer this is, from 0.
+    """
+
+    def __init__(self, config: Config, i: int) -> None:
+        super().__init__()
+        sizes = config.latent_attention
+        assert sizes is not None
+        self.window, self.turns, self.interleave = config.windows[i], config.turns[i], config.rope_interleave
+        self.rank, self.turning = sizes["kv_lora_rank"], sizes["qk_rope_head_dim"]
+        self.still, self.value_size = sizes["qk_nope_head_dim"], sizes["v_head_dim"]  # still: the features of a key that do not turn
+        self.scale = config.attention_scale or latent_scale(config.head_size, config.rope_adjustments)
+        q_rank, width = sizes["q_lora_rank"], config.n_head * config.head_size
+        if q_rank is None:
+            self.q = nn.Linear(config.n_embd, width, bias=False)
+        else:
+            self.q = None
+            self.q_a = nn.Linear(config.n_embd, q_rank, bias=config.attn_bias)
+            self.q_a_norm = RMSNorm(q_rank, LATENT_NORM_EPS)
+            self.q_b = nn.Linear(q_rank, width, bias=False)
+        self.kv_a = nn.Linear(config.n_embd, self.rank + self.turning, bias=config.attn_bias)
+        self.kv_a_norm = RMSNorm(self.rank, LATENT_NORM_EPS)
+        self.kv_b = nn.Linear(self.rank, config.n_head * (self.still + self.value_size), bias=False)
+        self.proj = nn.Linear(config.n_head * self.value_size, config.n_embd, bias=config.attn_proj_bias)
+
+    def new_state(self, rows: int, length: int, chunk: int, rewind: int, dtype: torch.dtype, device: torch.device) -> Latents:
+        """Return the empty latents of this layer."""
+        return Latents.zeros(rows, length, max(chunk, rewind), self.rank + self.turning, self.window, dtype, device)
+
+    def forward(self, x: Tensor, context: Context, state: Latents | None = None) -> Tensor:
+        rotation = context.rotations[self.turns]
+        queries = self.q_b(self.q_a_norm(self.q_a(x))) if self.q is None else self.q(x)
+        still, turning = queries.unflatten(-1, (-1, self.still + self.turning)).split((self.still, self.turning), dim=-1)  # (B, T, H, ...)
+        turned = rotated(turning, rotation, self.interleave)
+        if context.query_scale is not None:
+            still, turned = still * context.query_scale, turned * context.query_scale
+        latent, key = self.kv_a(x).split((self.rank, self.turning), dim=-1)
+        key = rotated(key.unsqueeze(2), rotation, self.interleave)
+        shared = torch.cat((self.kv_a_norm(latent).unsqueeze(2), key), dim=-1)  # (B, T, 1, W)
+        if state is not None and self._absorbs(x, context.span):
+            return self.proj(self._attend_to_latents(still, turned, shared, context, state).flatten(2))
+        q = torch.cat((still, turned), dim=-1)  # (B, T, H, D)
+        k, v = self.expanded(shared.squeeze(2)) if state is None else (shared, shared)
+        view = None if state is None else _Expanding(state, self.expanded)
+        return self.proj(attend(q, k, v, self.window, context, view, self.scale).flatten(2))  # (B, T, C)
+
+    def expanded(self, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values, (B, S, H, ...) each, that the heads make of what they share, (B, S, W)."""
+        latent, key = shared.split((self.rank, self.turning), dim=-1)
+        still, v = self.kv_b(latent).unflatten(-1, (-1, self.still + self.value_size)).split((self.still, self.value_size), dim=-1)
+        return torch.cat((still, key.unsqueeze(2).expand(-1, -1, still.size(2), -1)), dim=-1), v
+
+    def _absorbs(self, x: Tensor, span: Span) -> bool:
+        """Return whether multiplying the queries by `kv_b` takes fewer products than expanding the latents."""
+        if type(self.kv_b) is not nn.Linear:  # wrapped or quantized: it can only be called
+            return False
+        T, S, size = max(span.counts) if span.packed else x.size(1), span.read, self.still + self.value_size
+        return T * S * (2 * self.rank - size) + T * self.rank * size <= S * self.rank * size
+
+    def _attend_to_latents(self, still: Tensor, turned: Tensor, shared: Tensor, context: Context, state: Latents) -> Tensor:
+        by_head = self.kv_b.weight.to(still.dtype).unflatten(0, (-1, self.still + self.value_size))
+        to_keys, to_values = by_head.split((self.still, self.value_size), dim=1)  # (H, ..., rank)
+        q = torch.cat((torch.einsum("bthn,hnr->bthr", still, to_keys), turned), dim=-1)  # (B, T, H, W)
+        gathered = attend(q, shared, shared, self.window, context, state, self.scale)[..., : self.rank]
+        return torch.einsum("bthr,hvr->bthv", gathered, to_values)
+
+
+class _Expanding(NamedTuple):
+    """Latents as attention sees them that looks at each head's own keys and values."""
+
+    state: Latents
+    expand: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def write(self, k: Tensor, v: Tensor, span: Span) -> None:
+        self.state.write(k, v, span)
+
+    def read(self, span: Span) -> tuple[Tensor, Tensor]:
+        k, v = self.expand(self.state.read(span)[0].squeeze(1))
+        return k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, ...)
+
+
+def latent_scale(head_size: int, scaling: dict[str, Any] | None) -> float:
+    """Return what scores are multiplied by: the inverse root of the head size, times the square of YaRN's factor (arXiv:2309.00071).
+
+    Args:
+        head_size: Features of a key, turned and still.
+        scaling: `Config.rope_adjustments`; its `mscale_all_dim` makes long contexts' scores sharper.
+    """
+    mscale, factor = (scaling or {}).get("mscale_all_dim"), (scaling or {}).get("factor", 1.0)
+    sharper = 0.1 * mscale * math.log(factor) + 1.0 if mscale and factor > 1 else 1.0
+    return head_size**-0.5 * sharper**2
 
 
 class GptNeoxMLP(nn.Module):
@@ -340,8 +458,14 @@ class HeadNorm(nn.Module):
 
 
 GPT.block_class = Block
-Block.mixers = {"attention": CausalSelfAttention}
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "GemmaMLP": GemmaMLP}
+Block.mixers = {
+    "attention": CausalSelfAttention,
+    "latent": LatentAttention,
+    "short_conv": ShortConvolution,
+    "gated_delta": GatedDelta,
+}
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "GemmaMLP": GemmaMLP, "LLaMAMoE": LLaMAMoE}
+LLaMAMoE.shared_class = LLaMAMLP
 
 
 def mlp_class_name(config: Config, i: int) -> str:

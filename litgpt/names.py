@@ -18,6 +18,9 @@ VOCAB = "vocab.json"
 MERGES = "merges.txt"
 CHAT_TEMPLATE = "chat_template.jinja"
 
+# Hugging Face's files of what makes the input of other parts than the text model
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+
 # PEFT's files
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -30,7 +30,7 @@ def make_optimizer(args: OptimizerArgs, parameters: Iterable[nn.Parameter]) -> O
         parameters: Those of the model; frozen ones are left out.
 
     Raises:
-        UserError: There is no such class, it does not take such an argument or value, or nothing is to be trained.
+        UserError: There is no such class, it cannot train here, does not take such an argument or value, or nothing is to be trained.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
@@ -41,13 +41,10 @@ def make_optimizer(args: OptimizerArgs, parameters: Iterable[nn.Parameter]) -> O
         hint = did_you_mean(unknown[0], taken) or f" It takes {', '.join(taken)}."
         raise UserError(f"`optimizer.init_args` names {unknown[0]!r}, which {kind.__name__} does not take.{hint}")
     wanted: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": tuple(args.betas)}
-    if (
-        "fused" in taken
-        and all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
-        and len({type(p.data) for p in trained}) == 1
-    ):
+    if _can_be_fused(trained) and not args.init_args.get("foreach"):
         wanted["fused"] = True  # one pass over the memory instead of ten
     settings = {name: value for name, value in wanted.items() if name in taken} | args.init_args
+    _check_settings(settings, trained[0].device)
     groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
     try:
         decayed, kept = (
@@ -58,8 +55,37 @@ def make_optimizer(args: OptimizerArgs, parameters: Iterable[nn.Parameter]) -> O
         raise UserError(f"The optimizer {kind.__name__} refuses its arguments: {error}") from error
 
 
+def _can_be_fused(parameters: Sequence[nn.Parameter]) -> bool:
+    on_known_devices = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    return on_known_devices and len({type(parameter.data) for parameter in parameters}) == 1
+
+
+def _check_settings(settings: Mapping[str, Any], device: torch.device) -> None:
+    """Raise a UserError for arguments that torch takes, and that fail in the first step or spoil the weights."""
+    for name, value in settings.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"The optimizer's `{name}` is a finite number, but got {number}.")
+    if settings.get("differentiable"):
+        raise UserError("`optimizer.init_args` sets `differentiable`, but nothing differentiates a training's steps. Leave it out.")
+    if settings.get("capturable") and device.type == "cpu":
+        raise UserError("`optimizer.init_args` sets `capturable`, which is for GPUs, but this run is on the CPU. Leave it out.")
+
+
 def _optimizer_class(name: str) -> type[Optimizer]:
-    """Return a class of `torch.optim`, or of the import path that `name` is."""
+    """Return a class of `torch.optim`, or of the import path that `name` is, if it can train models here."""
+    kind = _named_class(name)
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"The optimizer {kind.__name__} computes the loss several times in a step, but training does once. Use AdamW, say.")
+    if issubclass(kind, torch.optim.SparseAdam):
+        raise UserError(f"The optimizer {kind.__name__} wants sparse gradients, but those of our models are dense. Use Adam or AdamW.")
+    return kind
+
+
+def _named_class(name: str) -> type[Optimizer]:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"`optimizer` is the name of a class in torch.optim, as AdamW, or an import path, but got {name!r}.")
     known = {
         key: value
         for key, value in vars(torch.optim).items()
@@ -86,7 +112,7 @@ def _optimizer_class(name: str) -> type[Optimizer]:
 
 def check_schedule(train: TrainArgs, lr: float | None) -> None:
     """Raise a UserError if the options of the schedule contradict each other or lie outside their range."""
-    if lr is None or lr <= 0:
+    if lr is None or not 0 < lr < math.inf:
         raise UserError(f"`optimizer.lr` is a positive number, but got {lr}.")
     if train.lr_warmup_steps is not None and train.lr_warmup_fraction is not None:
         raise UserError("`train.lr_warmup_steps` and `train.lr_warmup_fraction` say the same in two ways. Give one of them.")
@@ -94,7 +120,7 @@ def check_schedule(train: TrainArgs, lr: float | None) -> None:
         raise UserError(f"`train.lr_warmup_fraction` is a share of all steps, between 0 and 1, but got {train.lr_warmup_fraction}.")
     if train.lr_warmup_steps is not None and train.lr_warmup_steps < 0:
         raise UserError(f"`train.lr_warmup_steps` is a number of steps, but got {train.lr_warmup_steps}. Use 0 to start at the peak.")
-    if train.min_lr is not None and not 0 <= train.min_lr <= lr and train.lr_schedule != "constant":
+    if train.min_lr is not None and not 0 <= train.min_lr <= lr and (train.lr_schedule != "constant" or math.isnan(train.min_lr)):
         raise UserError(
             f"`train.min_lr` lies between 0 and the peak `optimizer.lr` {lr}, but got {train.min_lr}. Leave it out for a tenth of the peak."
         )

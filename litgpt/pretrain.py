@@ -1,6 +1,7 @@
 """The pretraining script, whole: train a model from scratch on tokens of text, or on from a checkpoint."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from litgpt import names
 from litgpt.args import EvalArgs, LogArgs, OptimizerArgs, TrainArgs, to_plain
 from litgpt.checkpoint import copy_side_files, load_model, read_hyperparameters, write_checkpoint, write_config
-from litgpt.config import Config, known_names
+from litgpt.config import Config, listing
 from litgpt.data import DataModule
+from litgpt.data.base import highest_id
 from litgpt.errors import UserError
-from litgpt.launch import PRECISIONS, cast_parameters, choose_logger, launch_fabric, training_precision
+from litgpt.launch import PRECISIONS, cast_parameters, choose_logger, fits_each_device, launch_fabric, training_precision
 from litgpt.lora import seed_of
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
-from litgpt.run import Run, described, digest, prepared, run_folder, sample_length, step_to_resume, write_options
+from litgpt.run import Run, check_ids, described, digest, fingerprint, prepared, run_folder, sample_length, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, Sample, check_limits, data_share, forward_backward, seed_generators
 
+EXPERT_BALANCE = 0.001  # as Mixtral and Qwen's models were trained
 TRAIN = TrainArgs(save_interval=1000, log_interval=1, global_batch_size=None, micro_batch_size=4, max_norm=1.0)
 EVAL = EvalArgs(interval=1000, max_iters=100)
 LOG = LogArgs()
@@ -84,7 +87,7 @@ def setup(
         seed: Decides the order of the texts, and the weights that a new model starts with.
     """
     if model_name == "list":
-        print("\n".join(known_names()))
+        print(listing(grouped=sys.stdout.isatty()))
         return
     given = {name: value for name, value in locals().items() if name not in ("resume", "overwrite")}
     check_options(train, eval, model_config, initial_checkpoint_dir, data)
@@ -96,7 +99,8 @@ def setup(
     origin = find_origin(model_name, model_config, initial_checkpoint_dir, tokenizer_dir, train)
 
     logger = choose_logger(logger_name, out_dir, f"pretrain-{origin.config.name}", log)
-    fabric = launch_fabric(devices, num_nodes, precision=precision, loggers=logger)
+    fits = fits_each_device(origin.config, False, precision, devices, num_nodes)
+    fabric = launch_fabric(devices, num_nodes, precision=precision, fits_one_device=fits, loggers=logger)
     seed_generators(fabric, seed)
     samples, val_samples = read_samples(fabric, data, origin, train)
     length = len(samples[0]) - 1  # targets of one sample
@@ -107,6 +111,8 @@ def setup(
     hyperparameters = to_plain(given | {"train": train, "optimizer": optimizer})
 
     model = origin.model(seed)
+    model.expert_balance = EXPERT_BALANCE if train.expert_balance is None else train.expert_balance
+    base = fingerprint(model) if origin.folder is not None else None
     dtype = written_dtype(model, origin, precision)
     cast_parameters(model, precision)
     size = described(model, precision)
@@ -116,6 +122,7 @@ def setup(
     side_files = partial(write_side_files, origin=origin, dtype=dtype, hyperparameters=hyperparameters)
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples), "tokens of a sample": length}
     same |= {"digest of the samples": digest(samples), "optimizer.name": optimizer.name, "precision": precision}
+    same |= {"fingerprint of the initial weights": base}
     with Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files) as run:
         batch = f"{train.global_batch_size:,} of {len(samples):,} samples of {length:,} tokens in a step"
         run.progress.say(f"Pretraining {origin.config.name}: {size}, {batch}.")
@@ -224,8 +231,8 @@ def read_samples(fabric: Fabric, data: DataModule, origin: Origin, train: TrainA
     """Return the samples to train on and those to validate on, each with one token more than it has targets."""
     config = origin.config
     tokenizer = Tokenizer(origin.tokenizer_dir) if origin.tokenizer_dir is not None else None
-    if tokenizer is not None and tokenizer.vocab_size > config.padded_vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, but the model {config.name} only {config.padded_vocab_size}"
+    if tokenizer is not None and (n_tokens := highest_id(tokenizer) + 1) > config.padded_vocab_size:
+        sizes = f"{n_tokens} tokens, but the model {config.name} only {config.padded_vocab_size}"
         raise UserError(f"The tokenizer in {origin.tokenizer_dir} knows {sizes}. Take the model's own, or a larger `vocab_size`.")
     data.connect(tokenizer, train.micro_batch_size, sample_length(train, config))
     samples, val_samples = prepared(fabric, data)
@@ -235,6 +242,7 @@ def read_samples(fabric: Fabric, data: DataModule, origin: Origin, train: TrainA
         raise UserError(
             f"{type(data).__name__} holds instructions, but pretraining reads text. Use `--data TextFiles`, or `litgpt finetune`."
         )
+    check_ids(config, samples, val_samples)
     return samples, val_samples
 
 

@@ -4,8 +4,9 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from litgpt import names
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
-from litgpt.errors import MissingFile, UserError
+from litgpt.errors import MissingFile, UserError, disk_error
 from litgpt.metrics import Meter, ProgressLine, report, validation_values
 from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
 from litgpt.run_state import latest_step, load_run_state, save_run_state, saved_parameters
@@ -41,6 +42,8 @@ def run_folder(out_dir: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"`out_dir` is a folder to write into, but {folder} cannot be one: {error.strerror}. Choose another.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):  # one that was there before
+        raise UserError(f"`out_dir` is a folder to write into, but writing is not allowed in {folder}. Choose another.")
     return folder
 
 
@@ -112,17 +115,46 @@ def prepared(fabric: Fabric, data: LightningDataModule) -> tuple[Sequence[Sample
     return train, [] if val is None else val
 
 
-def digest(samples: Sequence[Sample], n_seen: int = 256) -> str:
+def digest(samples: Sequence[Sample]) -> str:
     """Return a short text that differs where the samples do, after some of them."""
     found = hashlib.sha256(str(len(samples)).encode())
-    for i in range(0, len(samples), max(1, len(samples) // n_seen)):
-        sample = samples[i]
+    for sample in _some(samples):
         for part in sample.values() if isinstance(sample, Mapping) else [sample]:
             found.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
     return found.hexdigest()[:12]
 
 
-# The run
+def check_ids(config: Config, *parts: Sequence[Sample]) -> None:
+    """Raise a UserError if samples hold tokens that the model has no embedding of. Of data sets that are not ours, some are looked at."""
+    known = config.padded_vocab_size
+    if (highest := max(map(_highest_id, parts))) >= known:
+        raise UserError(
+            f"The samples hold the token id {highest}, but the model knows {known} tokens. Use the tokenizer it was trained with."
+        )
+
+
+def _highest_id(samples: Sequence[Sample]) -> int:
+    if (known := getattr(samples, "highest_id", None)) is not None:
+        return known
+    ids = (sample["input_ids"] if isinstance(sample, Mapping) else sample for sample in _some(samples))
+    return max((int(tokens.max()) for tokens in ids if len(tokens)), default=-1)
+
+
+def _some(samples: Sequence[Sample], n_seen: int = 256) -> Iterator[Sample]:
+    yield from (samples[i] for i in range(0, len(samples), max(1, len(samples) // n_seen)))
+
+
+# The model
+
+
+def fingerprint(model: nn.Module, n_seen: int = 64) -> str:
+    """Return a short text that differs where the weights do, after some numbers of each."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        some = weight.detach().reshape(-1)[:: max(1, weight.numel() // n_seen)].contiguous()
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def described(model: nn.Module, precision: str) -> str:
@@ -133,6 +165,20 @@ def described(model: nn.Module, precision: str) -> str:
         return f"{n_trained:,} of {n_all:,} parameters in {precision}"
     held = ", gradients and the optimizer's averages too" if precision == "bf16-true" else ""
     return f"{n_all:,} parameters in {precision}{held}"
+
+
+# The run
+
+
+@contextmanager
+def _threads_without_disk_errors() -> Iterator[None]:
+    """Let threads that write logs die in silence of a full disk: the next value to log raises their error again."""
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None if args.exc_value is not None and disk_error(args.exc_value) else hook(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 class Run:
@@ -168,19 +214,19 @@ class Run:
         self.non_finite = FirstNonFinite(fabric.device)
         self.meter = Meter(limits.max_steps)
         self.progress = ProgressLine(limits.max_steps, shown=fabric.is_global_zero)
-        self.stop = StopRequest()
+        self.stop = StopRequest(answers=fabric.is_global_zero)
+        self.open = ExitStack()
         self.lock: IO[str] | None = None
         self.validated: int | None = None  # the last step after which all samples were
 
     def __enter__(self) -> Self:
         self._lock()
-        self.stop.__enter__()
-        self.progress.__enter__()
+        for part in (_threads_without_disk_errors(), self.stop, self.progress):
+            self.open.enter_context(part)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.progress.__exit__(*error)
-        self.stop.__exit__(*error)
+        self.open.__exit__(*error)
         if self.lock is not None:
             self.lock.close()
 
@@ -188,8 +234,9 @@ class Run:
         """Refuse a folder that another run writes into. The lock is gone when this program ends, however it does."""
         if not self.fabric.is_global_zero or fcntl is None:
             return
-        (self.out_dir / "logs").mkdir(exist_ok=True)
-        self.lock = open(self.out_dir / "logs" / ".lock", "w")  # noqa: SIM115
+        with self._log_errors():
+            (self.out_dir / "logs").mkdir(exist_ok=True)
+            self.lock = open(self.out_dir / "logs" / ".lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -207,7 +254,7 @@ class Run:
             if different := [name for name, value in self.same.items() if counters.get(name) != value]:
                 saved, here = counters.get(different[0]), self.same[different[0]]
                 raise UserError(
-                    f"{resumed} is of a run with {different[0]} {saved!r}, not {here!r}. Resume with the data and flags of that run."
+                    f"{resumed} is of a run with {different[0]} {saved!r}, not {here!r}. Resume with the model, data and flags of that run."
                 )
             self.meter.step, self.meter.total_tokens = counters["step"], counters["total_tokens"]
             self.progress.say(f"Going on after step {self.step}, from {resumed}.")
@@ -216,7 +263,8 @@ class Run:
                 shutil.rmtree(path)
         self.fabric.barrier()
         if type(self.fabric.logger).__name__ != "CSVLogger":  # which has no place for them
-            self.fabric.logger.log_hyperparams(dict(hyperparameters))
+            with self._log_errors():
+                self.fabric.logger.log_hyperparams(dict(hyperparameters))
 
     def feed(self, samples: Sequence[Sample], seed: int) -> Feed:
         """Return the microbatches of the steps to come, and start the clock."""
@@ -249,7 +297,24 @@ class Run:
         mean_loss = self.fabric.all_reduce(loss, reduce_op="mean").item()
         values = self.meter.values(mean_loss, self.learning_rate(self.step), grad_norm.item(), epoch)
         self.progress.update(values)
-        self.fabric.log_dict(values, self.step)
+        self._write_log(values)
+
+    def _write_log(self, values: dict[str, float]) -> None:
+        with self._log_errors():
+            self.fabric.log_dict(values, self.step)
+
+    @contextmanager
+    def _log_errors(self) -> Iterator[None]:
+        """Make a sentence of the disk's errors. The steps that are saved stay as they are."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, ValueError) else error  # Lightning wraps what TensorBoard raises
+            if cause is None or (message := disk_error(cause)) is None:
+                raise
+            last = latest_step(self.out_dir)
+            way = f" Then go on from {last} with `--resume true`." if last is not None else ""
+            raise UserError(f"The logs in {self.out_dir / 'logs'} could not be written: {message}{way}") from error
 
     def validate(self, samples: Sequence[Sample], eval: EvalArgs | None = None) -> None:
         """Show and log the mean loss of a token over samples, or over as many as `eval.max_iters` allows; nothing if that was just done."""
@@ -261,7 +326,7 @@ class Run:
             val_loss = validate(self.fabric, self.model, validation_microbatches(self.fabric, samples, self.train, eval))
             values = validation_values(val_loss)
             self.progress.say(f"step {self.step} | val loss {val_loss:.3f} | val ppl {values['val_ppl']:.2f}")
-            self.fabric.log_dict(values, self.step)
+            self._write_log(values)
 
     def save(self) -> Path:
         """Write the folder of the step that is done."""

@@ -33,13 +33,15 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from litgpt import names
-from litgpt.checkpoint import sync
 from litgpt.errors import MissingFile, UserError, disk_error
+from litgpt.files import begin_folder, is_file, put_in_place, read_json, sync
 from litgpt.hardware import device_name, instruction_sets
 from litgpt.optim import FirstNonFinite
+from litgpt.weight_files import open_weights, step_files, step_slices
 
 OPTIMIZER, GENERATOR = "optimizer/", "generator/"  # a parameter's name has no slash
 SHARD = "shard-{:05d}.safetensors"
+ANOTHER = "Resume from another step."
 
 
 # Saving
@@ -76,21 +78,22 @@ def save_run_state(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             (tensors if isinstance(value, Tensor) else scalars)[f"{OPTIMIZER}{name}/{key}"] = value
-    tensors |= {f"{GENERATOR}{fabric.global_rank}/{name}": state for name, state in generator_states().items()}
     scaler = loss_scaler(fabric)
     state = {
         "counters": counters,
+        "tensors": sorted(tensors),
         "optimizer": scalars,
         "groups": [_own_values(group, optimizer) for group in optimizer.param_groups],
         "scaler": None if scaler is None else scaler.state_dict(),
         "machine": _machine(fabric),
     }
+    tensors |= {f"{GENERATOR}{fabric.global_rank}/{name}": state for name, state in generator_states().items()}
     writer = _StepWriter(folder, state, side_files)
     try:
         with _checkpoint_errors(folder, "written"):
             dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     except BaseException:
-        if fabric.is_global_zero:
+        if fabric.is_global_zero and writer.begun:
             shutil.rmtree(writer.partial, ignore_errors=True)
         raise
 
@@ -104,6 +107,7 @@ class _StepWriter(StorageWriter):
     def __init__(self, folder: Path, state: dict[str, Any], side_files: Callable[[Path], None] | None) -> None:
         self.folder, self.state, self.side_files = folder, state, side_files
         self.partial = folder.with_name(folder.name + names.PARTIAL)
+        self.begun = False
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -122,8 +126,9 @@ class _StepWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On one rank, before any rank writes: make the folder, and number the ranks."""
-        shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed here
-        (self.partial / names.RUN_STATE).mkdir(parents=True)
+        begin_folder(self.folder)
+        self.begun = True
+        (self.partial / names.RUN_STATE).mkdir()
         return [replace(plan, storage_data=i) for i, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -140,17 +145,12 @@ class _StepWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On one rank, after all ranks wrote: add the rest, and give the folder its name."""
-        state, previous = self.partial / names.RUN_STATE / names.STATE, self.folder.with_name(self.folder.name + ".old" + names.PARTIAL)
+        state = self.partial / names.RUN_STATE / names.STATE
         if self.side_files is not None:
             self.side_files(self.partial)
-        state.write_text(json.dumps(self.state, indent=1))
+        state.write_text(json.dumps(self.state | {"shards": len(results)}, indent=1))
         sync(*(path for path in self.partial.rglob("*") if path.suffix != ".safetensors"), self.partial)
-        shutil.rmtree(previous, ignore_errors=True)
-        if self.folder.exists():  # the same step of a run that was resumed before it
-            self.folder.rename(previous)
-        self.partial.rename(self.folder)
-        sync(self.folder.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        put_in_place(self.partial, self.folder)  # of the same step of a run that was resumed before it
 
 
 @contextmanager
@@ -192,12 +192,10 @@ def load_run_state(fabric: Fabric, folder: Path, model: nn.Module, optimizer: Op
         UserError: It is damaged, or is that of another model or precision.
     """
     state = _read_state(folder)
+    _check_shards(folder, state)
     reader = HuggingFaceStorageReader(str(folder / names.RUN_STATE))
     parameters = saved_parameters(model)
-    try:
-        saved = reader.read_metadata().state_dict_metadata
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{folder} is damaged: {error}. Resume from another step.") from error
+    saved = reader.read_metadata().state_dict_metadata
     held = {name for name in saved if not name.startswith((OPTIMIZER, GENERATOR))}
     if different := sorted(held ^ parameters.keys()):
         count = f"{len(different)} trained weights, first in {different[0]!r}"
@@ -207,6 +205,7 @@ def load_run_state(fabric: Fabric, folder: Path, model: nn.Module, optimizer: Op
             raise UserError(f"{folder} holds {name!r} in {dtype}, not {parameter.dtype}. Resume with the `--precision` of that run.")
         if saved[name].size != parameter.shape:
             raise UserError(f"{folder} holds {name!r} in the shape {list(saved[name].size)}, not {list(parameter.shape)}.")
+    _check_optimizer(folder, state, saved, parameters, optimizer)
     tensors = _places(fabric, saved, parameters)
     with _checkpoint_errors(folder, "read"):
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
@@ -218,19 +217,47 @@ def load_run_state(fabric: Fabric, folder: Path, model: nn.Module, optimizer: Op
         group.update(values)
     if (scaler := loss_scaler(fabric)) is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    restore_generators({name.rsplit("/", 1)[1]: value for name, value in tensors.items() if name.startswith(GENERATOR)})
+    try:
+        restore_generators({name.rsplit("/", 1)[1]: value for name, value in tensors.items() if name.startswith(GENERATOR)})
+    except (ValueError, TypeError, KeyError, RuntimeError):  # of Python, numpy or torch: the bytes are no state of theirs
+        raise UserError(f"{folder} is damaged: it holds no state of the random generators. {ANOTHER}") from None
     _warn_of_differences(fabric, folder, state["machine"])
     return state["counters"]
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / names.RUN_STATE / names.STATE
-    if not path.is_file():
+    if not is_file(path):
         raise MissingFile(f"{folder} holds no run state. Name a folder such as {names.STEP.format(100)} that a training command wrote.")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}. Resume from another step.") from error
+    state = read_json(path, way=ANOTHER)
+    kinds = {"counters": dict, "tensors": list, "shards": int, "optimizer": dict, "groups": list, "scaler": dict | None, "machine": dict}
+    for key, kind in kinds.items():
+        if key not in state or not isinstance(state[key], kind):
+            raise UserError(f"{path} is damaged: its {key!r} is missing or of the wrong type. {ANOTHER}")
+    return state
+
+
+def _check_shards(folder: Path, state: dict[str, Any]) -> None:
+    """Refuse files that are damaged, do not say what they hold, or are fewer than were written."""
+    files = step_files(folder)
+    for file in files:
+        with open_weights(file, way=ANOTHER) as opened:
+            step_slices(opened, file)
+    if len(files) != state["shards"]:
+        raise UserError(f"{folder} is damaged: of {state['shards']} files with tensors it holds {len(files)}. {ANOTHER}")
+
+
+def _check_optimizer(
+    folder: Path, state: dict[str, Any], saved: dict[str, Any], parameters: dict[str, nn.Parameter], optimizer: Optimizer
+) -> None:
+    """Refuse a step that lacks what its optimizer had learned, or has it for other weights."""
+    if lost := [name for name in map(str, state["tensors"]) if name not in saved]:
+        raise UserError(f"{folder} is damaged: it lacks {len(lost)} tensors of the optimizer, first {lost[0]!r}. {ANOTHER}")
+    for name in (name for name in (*saved, *state["optimizer"]) if name.startswith(OPTIMIZER)):
+        if name.removeprefix(OPTIMIZER).rpartition("/")[0] not in parameters:
+            raise UserError(f"{folder} is damaged: it holds {name!r}, which belongs to no trained weight. {ANOTHER}")
+    if [type(values) for values in state["groups"]] != [dict] * len(optimizer.param_groups):
+        raise UserError(f"{folder} holds {len(state['groups'])} groups of weights, not {len(optimizer.param_groups)}. {ANOTHER}")
 
 
 def _places(fabric: Fabric, saved: dict[str, Any], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

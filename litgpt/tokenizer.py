@@ -1,8 +1,6 @@
 """One interface to `tokenizer.json` and `tokenizer.model`: text to ids, ids to text, and text while it is being generated."""
 
-import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,13 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.errors import MissingFile, UserError, optional
+from litgpt.files import AGAIN, is_file, is_folder, read_bytes, read_json, read_text
 
 Offsets = list[tuple[int, int]]  # for each token the characters it stands for, from and up to
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # how vocabularies with byte fallback spell a single byte
 BROKEN = "\ufffd"  # what the bytes of an unfinished character decode to
+MAX_ID = 2**31  # far above the number of any token, and still a number that the packages take
 HELD = 16  # unfinished tokens after which the decoder looks for a part that can be shown
 
 
@@ -45,32 +45,36 @@ class Tokenizer:
             UserError: A file is damaged.
         """
         folder = Path(checkpoint_dir)
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise MissingFile(f"There is no folder {str(folder)!r} to read a tokenizer from.")
         self.checkpoint_dir = folder
         self.model_name = folder.resolve().name
         settings = read_json(folder / names.TOKENIZER_CONFIG)
         self.special_tokens = named_tokens(folder)
-        if (folder / names.TOKENIZER_JSON).is_file():
+        if is_file(folder / names.TOKENIZER_JSON):
             self.backend = "huggingface"
             self._model: _HuggingFace | _SentencePiece = _HuggingFace(folder / names.TOKENIZER_JSON)
-        elif (folder / names.TOKENIZER_MODEL).is_file():
+        elif is_file(folder / names.TOKENIZER_MODEL):
             self.backend = "sentencepiece"
             self._model = _SentencePiece(folder / names.TOKENIZER_MODEL, settings)
         else:
             raise MissingFile(f"There is no tokenizer in {str(folder)!r}: it needs a {names.TOKENIZER_JSON} or a {names.TOKENIZER_MODEL}.")
         self._find_ends(folder)
-        self._model.make_special([*self.special_tokens.values(), *_listed_tokens(settings), self.eos_token])
+        self._model.make_special([*self.special_tokens.values(), *_listed_tokens(settings, folder), self.eos_token])
         self.special_ids = self._model.special_ids
         self._byte_ids = {i for i in map(self._model.find, BYTES) if i is not None}
         self.use_bos = self.bos_id is not None and self._adds_bos(settings)
 
     def _find_ends(self, folder: Path) -> None:
         """Look up where texts begin and end: as the tokenizer names it, else by the ids of the model's own files."""
-        generation, config = (read_json(folder / name, repair=True) for name in (names.GENERATION_CONFIG, names.CONFIG))
-        config = config | (config.get("text_config") or {})
+        own, config = folder / names.GENERATION_CONFIG, folder / names.CONFIG
+        generation, described = read_json(own, repair=True), read_json(config, repair=True)
+        text_config = described.get("text_config") or {}
+        if not isinstance(text_config, dict):
+            raise UserError(f"{config} is damaged: its `text_config` is a {type(text_config).__name__}, not a mapping. {AGAIN}")
+        described = described | text_config
         begins, ends = (
-            [i for i in _id_list(generation, key) or _id_list(config, key) if self._model.text(i) is not None]
+            [i for i in _id_list(generation, key, own) or _id_list(described, key, config) if self._model.text(i) is not None]
             for key in ("bos_token_id", "eos_token_id")
         )
         named = {key: self._model.find(self.special_tokens.get(key, "")) for key in ("bos_token", "eos_token")}
@@ -261,10 +265,11 @@ class _HuggingFace:
     own_ends = (None, None)  # the file itself does not say which tokens begin and end a text
 
     def __init__(self, path: Path) -> None:
+        text = read_text(path)
         try:
-            self.processor = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare exceptions
-            raise UserError(f"{str(path)!r} is not a readable tokenizer ({error}). Download the file again.") from None
+            self.processor = FastTokenizer.from_str(text)
+        except Exception as error:  # the package raises this very class
+            raise UserError(f"{path} is damaged ({str(error)[:100]}). Delete it and download it again.") from None
         self.processor.no_truncation()
         self.processor.no_padding()
         self.vocab_size = self.processor.get_vocab_size(with_added_tokens=False)
@@ -285,13 +290,17 @@ class _HuggingFace:
         return processed[:1] == [token_id] and processed != plain
 
     def text(self, token_id: int) -> str | None:
-        return self.processor.id_to_token(token_id) if token_id >= 0 else None
+        return self.processor.id_to_token(token_id) if 0 <= token_id < MAX_ID else None
 
     def encode(self, string: str) -> tuple[list[int], Offsets]:
         try:
             encoding = self.processor.encode(string, add_special_tokens=False)
         except TypeError:  # raised for surrogates, which stand for bytes that are no UTF-8
             raise UserError(f"{string[:40]!r} holds characters that are no text. Write it in UTF-8.") from None
+        except Exception as error:  # the package raises this very class
+            if type(error) is not Exception:
+                raise
+            raise UserError(f"The tokenizer cannot encode {string[:40]!r} ({error}). Download its files again.") from None
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:
@@ -302,19 +311,19 @@ class _SentencePiece:
     """A `tokenizer.model`, through the package `sentencepiece`, which itself recognises no special tokens in a text."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        package = optional("sentencepiece", "all")
+        package, content = optional("sentencepiece", "all"), read_bytes(path)
         try:
-            self.processor = package.SentencePieceProcessor(model_file=str(path))
+            self.processor = package.SentencePieceProcessor(model_proto=content or b"\0")  # the package takes nothing for no argument
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{str(path)!r} is not a readable sentencepiece model ({error}). Download the file again.") from None
+            raise UserError(f"{path} is damaged ({str(error)[:100]}). Delete it and download it again.") from None
         self.vocab_size = self.processor.vocab_size()
         self.own_ends = tuple(i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
-        self.added = {str(token): int(i) for token, i in read_json(path.with_name(names.ADDED_TOKENS)).items()}
-        decoder = settings.get("added_tokens_decoder") or {}
-        self.added |= {_content(token): int(i) for i, token in decoder.items() if int(i) >= self.vocab_size}
+        decoder = _added_tokens(settings, path.with_name(names.TOKENIZER_CONFIG))
+        self.added = _added_ids(path.with_name(names.ADDED_TOKENS))
+        self.added |= {_content(token): i for i, token in decoder.items() if i >= self.vocab_size}
         self.added_text = {i: token for token, i in self.added.items()}
         self.special_ids = {i for i in range(self.vocab_size) if self.processor.is_control(i)}
-        self.special_ids |= {int(i) for i, token in decoder.items() if isinstance(token, dict) and token.get("special")}
+        self.special_ids |= {i for i, token in decoder.items() if isinstance(token, dict) and token.get("special")}
         self.make_special([])
 
     def make_special(self, tokens: Iterable[str | None]) -> None:
@@ -383,49 +392,45 @@ def named_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def read_json(path: Path, repair: bool = False) -> dict[str, Any]:
-    """Return the mapping in a file, or an empty one if there is no file.
-
-    Args:
-        path: The file.
-        repair: Whether to put commas right where that makes a broken file readable; some published files need it.
-
-    Raises:
-        UserError: The file cannot be read.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError:
-            if not repair:
-                raise
-            text = re.sub(r",(\s*[}\]])", r"\1", text)  # a comma too many
-            content = json.loads(re.sub(r'(["\d\]}el])(\s*\n\s*")', r"\1,\2", text))  # one too few
-            warnings.warn(f"The JSON in {str(path)!r} is broken; its commas were put right while reading.")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{str(path)!r} is not readable JSON ({error}). Repair the file or download it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} must hold a JSON object, but it holds a {type(content).__name__}. Download it again.")
-    return content
-
-
 def _content(token: Any) -> str | None:
     """Return the text of a token that is written as a string or as `{"content": ...}`."""
     token = token.get("content") if isinstance(token, Mapping) else token
     return token if isinstance(token, str) else None
 
 
-def _listed_tokens(settings: Mapping[str, Any]) -> list[str | None]:
+def _listed_tokens(settings: Mapping[str, Any], folder: Path) -> list[str | None]:
     """Return the further special tokens that a `tokenizer_config.json` lists."""
-    listed = settings.get("additional_special_tokens") or []
-    extra = settings.get("extra_special_tokens") or []
-    return [_content(token) for token in [*listed, *(extra.values() if isinstance(extra, Mapping) else extra)]]
+    found: list[Any] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(key) or []
+        if not isinstance(listed, list | dict):
+            where = folder / names.TOKENIZER_CONFIG
+            raise UserError(f"{where} is damaged: its `{key}` is {listed!r:.40}, not a list of tokens. {AGAIN}")
+        found += listed.values() if isinstance(listed, dict) else listed
+    return [_content(token) for token in found]
 
 
-def _id_list(settings: Mapping[str, Any], key: str) -> list[int]:
-    """Return ids that are written as a number or a list of numbers."""
+def _id_list(settings: Mapping[str, Any], key: str, file: Path) -> list[int]:
+    """Return ids that a file gives as a number or a list of numbers."""
     ids = settings.get(key)
-    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    for i in ids:
+        if type(i) is not int or not -1 <= i < MAX_ID:  # -1 stands for no token
+            raise UserError(f"{file} is damaged: its `{key}` holds {i!r:.40}, which is no number of a token. {AGAIN}")
+    return ids
+
+
+def _added_ids(file: Path) -> dict[str, int]:
+    """Return the tokens that an `added_tokens.json` adds to a vocabulary."""
+    for token, i in (found := read_json(file)).items():
+        if type(i) is not int or not 0 <= i < MAX_ID:
+            raise UserError(f"{file} is damaged: it gives {token!r} the number {i!r:.40}. {AGAIN}")
+    return found
+
+
+def _added_tokens(settings: Mapping[str, Any], file: Path) -> dict[int, Any]:
+    """Return the tokens by number that a `tokenizer_config.json` adds to a vocabulary."""
+    decoder = settings.get("added_tokens_decoder") or {}
+    if isinstance(decoder, dict) and all(i.isdecimal() and len(i) < 11 and _content(token) is not None for i, token in decoder.items()):
+        return {int(i): token for i, token in decoder.items()}
+    raise UserError(f"{file} is damaged: its `added_tokens_decoder` does not map numbers to tokens. {AGAIN}")

@@ -1,11 +1,13 @@
 """What both training scripts share: which samples a step sees, its passes, and what all ranks must agree on."""
 
 import math
+import os
 import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from types import FrameType, TracebackType
@@ -230,9 +232,13 @@ class StopRequest:
     """True once the system asked this process to stop (SIGTERM, SIGINT, SIGUSR1). Use it as a context, which gives the signals back.
 
     A second signal of the same kind does what it did before.
+
+    Args:
+        answers: Whether to say on stderr that the signal was heard, for a step can take minutes: true on one process only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answers: bool = False) -> None:
+        self.answers = answers
         self.requested = False
         self.previous: dict[int, Any] = {}
 
@@ -248,6 +254,9 @@ class StopRequest:
             self._give_back(number)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.answers and not self.requested:
+            with suppress(OSError):  # `print` is not to be called in a handler: the signal may have interrupted another one
+                os.write(2, b"\nStopping after this step ... Again to stop at once, which saves nothing.\n")
         self.requested = True
         self._give_back(number)
 
@@ -392,7 +401,7 @@ class Limits:
 
 
 def check_limits(train: TrainArgs, eval: EvalArgs) -> None:
-    """Raise a UserError for a size, an interval or a limit that is not positive."""
+    """Raise a UserError for a size, an interval or a limit that is not positive, or not finite."""
     groups = {
         "train": (
             train,
@@ -402,5 +411,7 @@ def check_limits(train: TrainArgs, eval: EvalArgs) -> None:
     }
     for group, (args, options) in groups.items():
         for option in options.split():
-            if (value := getattr(args, option)) is not None and value <= 0:
+            if (value := getattr(args, option)) is not None and not 0 < value < math.inf:
                 raise UserError(f"`{group}.{option}` is a positive number, but got {value}.")
+    if train.expert_balance is not None and not 0 <= train.expert_balance < math.inf:
+        raise UserError(f"`train.expert_balance` is a number of at least 0, but got {train.expert_balance}.")

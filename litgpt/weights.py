@@ -5,7 +5,8 @@ A name may hold `{}`, a layer's or expert's number, and end in `.*`, which stand
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Rule:
     """The names on our side."""
     count: str = ""
     """Where their names have one number more than ours: the field of `Config` that says how many of them there are."""
+    only: tuple[tuple[str, Any], ...] = ()
+    """Fields of `Config`, and what they are where the rule counts."""
 
 
 def same(theirs: str, ours: str) -> Rule:
@@ -77,6 +80,21 @@ def ignored(theirs: str) -> Rule:
     return Rule("ignored", (theirs,), ())
 
 
+def where(rule: Rule, **fields: Any) -> Rule:
+    """The rule counts only where fields of `Config` have these values."""
+    return replace(rule, only=tuple(fields.items()))
+
+
 def prefixed(theirs: str, usual: str) -> Rule:
     """Some of their files begin names with `theirs` where the other rules say `usual`; we write the usual one."""
     return Rule("prefixed", (theirs,), (usual,))
+
+
+def beyond(theirs: str) -> Rule:
+    """Layers whose number, after this beginning, is as large as the model is deep are not computed here."""
+    return Rule("beyond", (theirs,), ())
+
+
+def skipped(theirs: str) -> Rule:
+    """Names that begin so belong to another part of a multimodal model, which is not computed here."""
+    return Rule("skipped", (theirs,), ())

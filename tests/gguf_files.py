@@ -1,14 +1,22 @@
 """Tiny GGUF files for tests, written as llama.cpp's converter writes them."""
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+import vocabularies
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from litgpt.checkpoint import write_checkpoint
+from litgpt.config import Config
+from litgpt.families import FAMILIES
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer as OurTokenizer
 
 SPECIALS = ["<|end|>", "<|user|>", "<|assistant|>"]
 CORPUS = [
@@ -160,3 +168,89 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
+
+
+# Checkpoints of ours, and llama.cpp, which runs what is written of them
+
+SIZES = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=2, intermediate_size=96, block_size=128)
+ALTERNATE, FIVE_OF_SIX = [1, 0, 1, 0], [1, 1, 1, 1, 1, 0, 1]
+HEADS = dict(head_size=32, attention_scores_scalar=32)
+GEMMA_2 = dict(n_layer=4, sliding_window_size=8, sliding_window_indices=ALTERNATE) | HEADS
+GEMMA_3 = dict(n_layer=7, sliding_window_size=8, sliding_window_indices=FIVE_OF_SIX, rope_indices=FIVE_OF_SIX) | HEADS
+LLAMA_3 = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+YARN = dict(factor=4.0, original_max_seq_len=32, beta_fast=32.0, beta_slow=1.0)
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # a tiny model: its family, the kind of its tokenizer, its fields
+    "llama": ("llama", "byte_level", {}),
+    "llama, tied and biased": (
+        "llama",
+        "sentencepiece",
+        dict(tie_embeddings=True, attn_bias=True, attn_proj_bias=True, mlp_bias=True),
+    ),
+    "llama, stretched as Llama 3": ("llama", "byte_level", dict(rope_adjustments=LLAMA_3, rope_base=500_000, head_size=64)),
+    "llama, stretched evenly": ("llama", "byte_level", dict(rope_adjustments=dict(factor=4.0))),
+    "llama, stretched by YaRN": ("llama", "byte_level", dict(rope_adjustments=YARN)),
+    "mistral": ("mistral", "sentencepiece", dict(sliding_window_size=100)),
+    "mistral without a window": ("mistral", "sentencepiece", {}),
+    "qwen2": ("qwen2", "byte_level", {}),
+    "qwen2, tied": ("qwen2", "byte_level", dict(tie_embeddings=True)),
+    "qwen3": ("qwen3", "byte_level", dict(head_size=32)),
+    "gemma": ("gemma", "sentencepiece", dict(head_size=32)),
+    "gemma2": ("gemma2", "sentencepiece", GEMMA_2 | dict(attention_logit_softcapping=5.0, final_logit_softcapping=3.0)),
+    "gemma3": ("gemma3_text", "sentencepiece", GEMMA_3 | dict(rope_base=1_000_000, rope_local_base_freq=10_000)),
+    "gemma3, stretched": (
+        "gemma3_text",
+        "sentencepiece",
+        GEMMA_3 | dict(rope_base=1000, rope_local_base_freq=50, rope_adjustments=dict(factor=8.0), final_logit_softcapping=3.0),
+    ),
+}
+
+
+def tiny_checkpoint(folder: Path, case: str, **changes: Any) -> GPT:
+    """Write a random model of a case and its tokenizer, and return the model; its vectors are exact in bfloat16, as published ones are."""
+    family, kind, fields = CASES[case]
+    tokenizer = OurTokenizer(vocabularies.write(folder.with_name(f"{folder.name}-tokenizer"), kind))
+    n_tokens = next(i for i in range(10_000) if tokenizer.text(i) is None)
+    sizes = dict(family=family, vocab_size=n_tokens, padded_vocab_size=n_tokens + 5)
+    model = GPT(Config(**FAMILIES[family].base | SIZES | sizes | fields | changes)).eval()
+    for name, parameter in model.named_parameters():
+        is_plain_norm = ("norm" in name or "ln_f" in name) and name.endswith("weight") and not model.config.norm_add_unit_offset
+        torch.nn.init.normal_(parameter, mean=float(is_plain_norm), std=0.2)
+        if parameter.ndim == 1:
+            parameter.data = parameter.data.bfloat16().float()
+    write_checkpoint(folder, model.state_dict(), model.config, source=tokenizer.checkpoint_dir)
+    return model
+
+
+class LlamaCpp:
+    """llama.cpp with a model, in fp32 wherever it can."""
+
+    def __init__(self, file: Path) -> None:
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(file)
+        settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = 512, 1, 1
+        settings.warmup = settings.fit_params = False
+        settings.verbosity = 0
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = xllamacpp.Server(settings)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text, with BOS and EOS as the file says."""
+        return self._post("/tokenize", dict(content=text, add_special=True, parse_special=True))["tokens"]
+
+    def template(self, messages: list[dict[str, str]]) -> str:
+        """Return the text of a conversation up to where the answer begins."""
+        return self._post("/apply-template", dict(messages=messages))["prompt"]
+
+    def continued(self, prompt: list[int], n_tokens: int) -> list[int]:
+        """Return the likeliest token, again and again, up to one that ends a generation."""
+        greedy = dict(temperature=0, samplers=["top_k"], top_k=1, cache_prompt=False)
+        return self._post("/completion", dict(prompt=prompt, n_predict=n_tokens, return_tokens=True) | greedy)["tokens"]
+
+    def _post(self, path: str, content: dict[str, Any]) -> Any:
+        body = json.dumps(content).encode()
+        request = urllib.request.Request(self.server.listening_address + path, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)

@@ -43,3 +43,98 @@ def make_checkpoint(folder: Path, context: int = 256, seed: int = 0, template: s
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
+
+
+def said(*turns: str | dict | None) -> list[dict]:
+    """Return messages: texts alternate between user and assistant, dicts are messages already, and None lets the user begin again."""
+    messages, asks = [], True
+    for turn in turns:
+        if isinstance(turn, str):
+            messages.append({"role": "user" if asks else "assistant", "content": turn})
+            asks = not asks
+        elif turn is None:
+            asks = True
+        else:
+            messages.append(turn)
+    return messages
+
+
+def system(content: str) -> dict:
+    """Return a system message."""
+    return {"role": "system", "content": content}
+
+
+def calling(content: str | None, *calls: tuple[str, dict | str]) -> dict:
+    """Return an assistant's message that calls functions."""
+    made = [
+        {"type": "function", "id": f"call0000{i}", "function": {"name": name, "arguments": given}} for i, (name, given) in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": content, "tool_calls": made}
+
+
+def result(content: str, name: str = "weather") -> dict:
+    """Return what a function gave back."""
+    return {"role": "tool", "name": name, "tool_call_id": "call00000", "content": content}
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": 'Tells the "weather" <now> & später.',
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "description": "Where, e.g. Köln"},
+                    "days": {"type": "integer", "enum": [1, 2], "default": 1},
+                    "units": {"type": ["string", "null"]},
+                    "spots": {"type": "array", "items": {"type": "object", "properties": {"x": {"type": "number"}}}},
+                },
+                "required": ["city"],
+            },
+            "return": {"type": "string"},
+        },
+    },
+    {
+        "type": "function",
+        "function": {"name": "clock", "description": "Tells the time.", "parameters": {"type": "object", "properties": {}}},
+    },
+]
+ASKED, TEXT_CALL = calling("", ("weather", {"city": "Köln", "days": 2, "spots": [{"x": 1.5}], "units": None})), '{"city": "Köln"}'
+CONVERSATIONS = {  # messages, and the functions that may be called
+    "one question": (said("What do llamas eat?"), None),
+    "a system text": (said(system("Be brief."), "Hi"), None),
+    "two questions": (said("Hi", "Hello!", "And hay?"), None),
+    "a system text and three questions": (said(system("Be brief."), "a", "b", "c", "d", "e"), None),
+    "an answer last": (said("Hi", "Hello!"), None),
+    "a system text, an answer last": (said(system("Be\nbrief."), "one", "two", "three", "four"), None),
+    "all writing systems": (said(system("日本語で"), "naïve café 😀 👩‍👩‍👧‍👦", "مرحبا 🇩🇪", "n\u0303 \u00a0 \u2028 x"), None),
+    "an empty system text": (said(system(""), "Hi", "Hello!"), None),
+    "an empty question": (said("", "What?", ""), None),
+    "an empty answer": (said("Hi", "", "Again", ""), None),
+    "white space": (said(system("  a\n"), "\n b\t", " c \n\n", "  "), None),
+    "markup in texts": (said("{{ messages }} {% for %} <s>", "<|im_end|> </s> <tool_call>", "[INST] </think> <&>'\""), None),
+    "thoughts in answers": (said("Hi", "<think>\nhm\n</think>\n\nyes", "So?", "<think>\nwell\n</think>\n\nno"), None),
+    "a thought beside an answer": (
+        said("Hi", {"role": "assistant", "content": "yes", "reasoning_content": "hm", "thinking": "hm"}, None, "So?"),
+        None,
+    ),
+    "functions": (said("Weather?"), TOOLS),
+    "functions and a system text": (said(system("Be brief."), "Weather?", "Where?"), TOOLS),
+    "a call": (said("Weather?", ASKED), TOOLS),
+    "a call and its result": (said("Weather?", ASKED, result("sunny"), None), TOOLS),
+    "a call as text": (said("Weather?", calling("Let me see.", ("weather", TEXT_CALL)), result('{"sky": "clear"}')), TOOLS),
+    "two calls": (
+        said(system("S"), "Weather?", calling("", ("weather", {"city": "Köln"}), ("clock", {})), result("sunny"), result("9", "clock")),
+        TOOLS,
+    ),
+    "a call, its result, an answer": (
+        said("Weather?", ASKED, result("sunny"), {"role": "assistant", "content": "It is sunny."}, None, "Thanks"),
+        TOOLS,
+    ),
+    "parts": (said({"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}, None), None),
+    "nobody answers": (said("Hi", None, "Hi?"), None),
+    "the assistant begins": (said({"role": "assistant", "content": "Hello!"}, "Hi"), None),
+    "another role": (said({"role": "developer", "content": "Be kind."}, "Hi"), None),
+}

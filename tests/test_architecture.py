@@ -17,13 +17,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports from the lines above its own, from what stands left of a `·` in its line, and from its own folder.
 LAYERS = """
-names errors args weights · families · config
-tokenizer · prompts rope loss cache · attention experts
+names errors args weights · files families · config
+tokenizer · prompts rope loss cache · attention experts · recurrent
 model · lora adapter quantize · adapter_v2
-translate hardware hub · launch checkpoint optim metrics data · run_state · training · run
+translate dequantize hardware hub · launch peft_format weight_files · multimodal · checkpoint optim metrics data · run_state · training · run
 scripts · generate
 pretrain finetune eval
-api · chat deploy · cli · __main__
+api · chat deploy · recipes · cli · __main__
 """
 RANK = {
     name: (line, place)

@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from litgpt.checkpoint import atomic_folder, load_model, stored_dtype, write_checkpoint, write_config, write_shards
+from litgpt.checkpoint import load_model, write_checkpoint, write_config
 from litgpt.errors import MissingFile, UserError
 from litgpt.families import FAMILIES
+from litgpt.files import atomic_folder
 from litgpt.lora import LoRA, LoRALinear, add_lora
 from litgpt.model import GPT
+from litgpt.weight_files import stored_dtype, write_shards
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 

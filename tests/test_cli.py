@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from litgpt import cli
+from litgpt import cli, recipes
 from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs, optimizer_fields, to_plain
 from litgpt.data import JSON, Alpaca, DataModule
 from litgpt.errors import UserError
@@ -199,7 +199,7 @@ def test_help_shows_every_flag_with_its_text(capsys):
         assert part in text, part
     for name in (
         cli.Options(cli.make_parser(finetune, "finetune"), "finetune").names
-        - {f"train.{old}" for old in cli.OLDER_NAMES}
+        - {f"train.{old}" for old in recipes.OLDER_NAMES}
         - {"optimizer.class_path"}
     ):
         assert name in text, name
@@ -454,6 +454,38 @@ def test_data_may_be_a_short_name_an_import_path_a_mapping_or_a_subclass_of_ones
     got = run("m", "--data", "data_of_mine.Mine", "--data.size", "5")["data"]
     assert isinstance(got, DataModule) and got.size == 5
     assert "init_args: {'size': 5}" in str(to_plain({"data": got})).replace("'init_args'", "init_args")
+
+
+@pytest.mark.parametrize("theirs", ["{class_path: litgpt.data.Alpaca2k, init_args: {seed: 7, folder: x}}", "Alpaca2k"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data", "JSON", "--data.json_path", "f.json"),
+        ("--data.json_path=f.json", "--data=litgpt.data.JSON"),
+        ("--data", '{"class_path": "JSON", "init_args": {"json_path": "f.json"}}'),
+    ],
+    ids=["name", "path", "mapping"],
+)
+def test_another_data_set_takes_the_place_of_a_recipes_even_of_one_that_we_lack(recipe, theirs, words):
+    file = recipe(f"seed: 9\ndata: {theirs}\n")
+    for ordered in [("--config", file, *words), (*words, "--config", file)]:
+        got = run("m", *ordered)
+        assert type(got["data"]) is JSON and (str(got["data"].json_path), got["data"].seed, got["seed"]) == ("f.json", 42, 9)
+    by_file = recipe("class_path: JSON\ninit_args: {json_path: f.json}\n", "data.yaml")
+    assert str(run("m", "--data", by_file, "--config", file)["data"].json_path) == "f.json"
+    assert "but got 'Alpca'. Did you mean 'Alpaca'?" in mistake("m", "--data", "Alpca", "--config", file)
+    assert run("m", "--data", "null", "--config", recipe("data: JSON\n", "known.yaml"))["data"] is None
+
+
+@pytest.mark.parametrize("ours", ["JSON", "litgpt.data.JSON", "litgpt.data.json_data.JSON"])
+@pytest.mark.parametrize("theirs", ["JSON", "litgpt.data.JSON", "litgpt.data.json_data.JSON"])
+def test_the_same_data_set_by_any_of_its_names_keeps_a_recipes_arguments(recipe, theirs, ours):
+    file = recipe(f"data: {{class_path: {theirs}, init_args: {{json_path: f.json, seed: 7}}}}\n")
+    got = run("m", "--config", file, "--data", ours)["data"]
+    assert (str(got.json_path), got.seed) == ("f.json", 7)
+    got = run("m", "--config", file, "--data", f'{{"class_path": "{ours}", "init_args": {{"seed": 8}}}}')["data"]
+    assert (str(got.json_path), got.seed) == ("f.json", 8)
+    assert run("m", "--config", file, "--data", "Alpaca")["data"].seed == 42
 
 
 def test_the_options_of_a_data_set_are_shown_with_those_it_inherits(capsys):

@@ -147,10 +147,11 @@ def test_activations_are_what_transformers_calls_so():
         torch.testing.assert_close(ACT2FN[name](x), torch.nn.functional.silu(x))
 
 
-@EVERY_FAMILY
-def test_an_activation_that_we_do_not_have_is_refused(family):
-    with pytest.raises(UserError, match="`hidden_act` is 'relu2'"):
-        Config.from_hf({"model_type": family.model_type, "hidden_act": "relu2"})
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if facts(name).ACTIVATION is not None])
+def test_an_activation_that_we_do_not_have_is_refused(model_type):
+    entry = facts(model_type).ACTIVATION
+    with pytest.raises(UserError, match=f"`{entry}` is 'relu2'"):
+        Config.from_hf({"model_type": model_type, entry: "relu2"})
 
 
 def test_the_text_part_of_a_multimodal_model_is_read_and_written_back(monkeypatch):
@@ -200,14 +201,14 @@ def test_prompts_belong_to_exact_names():
     assert prompt_of("meta-llama/Llama-2-13b-chat-hf") == "llama2"
     assert prompt_of("Llama-3.2-1B-Instruct") == prompt_of("nvidia/Llama-3.1-Nemotron-70B-Instruct-HF") == "llama3"
     assert prompt_of("HuggingFaceTB/SmolLM2-135M-Instruct") == "smollm2"
-    assert prompt_of("mistralai/Mistral-7B-Instruct-v0.3") == "codellama"
+    assert prompt_of("mistralai/Mistral-7B-Instruct-v0.3") == "mistral-v3"
     for base in ("SmolLM2-135M", "pythia-14m", "CodeLlama-7b-hf", "Llama-3.2-1B", "mine/Llama-3.2-1B-Instruct", "unheard-of"):
         assert prompt_of(base) is None
 
 
 def test_heads_are_tied_where_the_publisher_ties_them():
     tied = {config["name"] for config in configs if config.get("tie_embeddings")}
-    assert tied == {*expand("Llama-3.2-{1B,3B}{,-Instruct}"), *expand("SmolLM2-{135M,360M,1.7B}{,-Instruct}")}
+    assert tied == {name for family in FAMILIES.values() for pattern in facts(family).TIED for name in expand(pattern)}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,14 @@ def test_heads_are_tied_where_the_publisher_ties_them():
         "LLaMA-2-7B-32K": dict(block_size=32768, rope_adjustments=dict(factor=8.0)),
         "pythia-14m": dict(block_size=2048),
         "pythia-31m": dict(block_size=2048),
+        "Gemma-2b": dict(block_size=8192, norm_eps=1e-6),
+        "Gemma-2-27b-it": dict(norm_eps=1e-6),
+        "Gemma-3-1b-it": dict(block_size=32768, norm_eps=1e-6),
+        "Phi-3-mini-4k-instruct": dict(sliding_window_size=2047),
+        "Phi-3.5-mini-instruct": dict(block_size=131072, sliding_window_size=262144),
+        "Qwen2.5-7B-Instruct": dict(block_size=32768),
+        "Qwen2.5-72B-Instruct": dict(block_size=32768, norm_eps=1e-6),
+        "Danube2-1.8b-chat": dict(block_size=8192, sliding_window_size=None),
     }.items(),
 )
 def test_values_that_litgpt_has_wrong_are_right(name, fields):

@@ -8,9 +8,10 @@ import pytest
 from hub_server import HubServer, commit
 
 from litgpt import hub
-from litgpt.checkpoint import hf_weight_files
 from litgpt.errors import UserError
-from litgpt.hub import NotOnHub, find_repository, indexed
+from litgpt.files import indexed_files
+from litgpt.hub import NotOnHub, find_repository
+from litgpt.weight_files import hf_weight_files
 
 WEIGHTS = bytes(range(256)) * 2000  # half a megabyte
 
@@ -80,7 +81,7 @@ def test_an_entry_of_an_index_that_is_no_bare_file_name_is_refused_by_both_reade
     for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         index = tmp_path / file
         index.write_text(json.dumps({"weight_map": {"w": name}}))
-        for read in (lambda index=index: indexed(index), lambda index=index: hf_weight_files(index.parent)):
+        for read in (lambda index=index: indexed_files(index), lambda index=index: hf_weight_files(index.parent)):
             with pytest.raises(UserError, match=re.escape(f"{index} names {name!r}, but may only name files that lie beside it")):
                 read()
         index.unlink()
@@ -207,3 +208,31 @@ def test_progress_is_a_bar_on_a_terminal(server, tmp_path, monkeypatch, capsys):
     find_repository("org/open").fetch("model.safetensors", tmp_path / "out")
     shown = capsys.readouterr().err
     assert "━" in shown and "\x1b" in shown
+
+
+@pytest.mark.parametrize("token", ["hf_schlüssel", "hf_a b", "hf_a\n", "\u200bhf_abc"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_repeated(server, monkeypatch, token):
+    with pytest.raises(UserError, match="The access token holds characters that no token has") as error:
+        find_repository("org/open", token)
+    assert token not in str(error.value) and not server.requests
+    monkeypatch.setenv("HF_TOKEN", "hf_schlüssel")
+    with pytest.raises(UserError, match="Copy it again into HF_TOKEN"):
+        find_repository("org/open")
+
+
+def test_a_folder_that_no_download_made_is_not_emptied_for_one(server, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(UserError, match="out is in the way"):
+        find_repository("org/open").fetch("config.json", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_saved_token_that_may_not_be_read_is_one_sentence(server, monkeypatch):
+    def unreadable():
+        raise PermissionError(errno.EACCES, "Permission denied", "token")
+
+    monkeypatch.setattr(hub, "get_token", unreadable)
+    with pytest.raises(UserError, match="was saved on this machine cannot be read .*Permission denied.* HF_TOKEN"):
+        find_repository("org/open")
+    assert find_repository("org/open", "hf_mine").id == "org/open"

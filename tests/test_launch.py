@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt import launch
+from litgpt import hardware, launch
 from litgpt.args import LogArgs
+from litgpt.config import Config
 from litgpt.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,6 +34,29 @@ import workers
 def test_wrong_flags_are_one_sentence(flags, words):
     with pytest.raises(UserError, match=words):
         launch.launch_fabric(accelerator="cpu", **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "memory_gb", "expected"),
+    [  # one billion parameters
+        (dict(), 1, True),  # a single device has no choice
+        (dict(devices=2), 44, True),  # 16 GB each of 0.8 * 44 / 2
+        (dict(devices=2), 36, False),
+        (dict(num_nodes=2), 22, True),
+        (dict(num_nodes=2), 18, False),
+        (dict(num_nodes=2, any_frozen=True), 6, True),  # 4 GB
+        (dict(num_nodes=2, any_frozen=True), 4, False),
+        (dict(num_nodes=2, any_frozen=True, precision="bf16-true"), 4, True),
+        (dict(num_nodes=2, precision="bf16-true"), 11, True),  # 8 GB
+    ],
+    ids=str,
+)
+def test_a_training_is_shared_out_if_weights_gradients_and_averages_do_not_fit(monkeypatch, flags, memory_gb, expected):
+    monkeypatch.setattr(hardware, "device_memory_gb", lambda device: memory_gb)
+    monkeypatch.setattr(launch, "find_device", lambda accelerator="auto": torch.device("cpu"))
+    config = Config(n_layer=1, n_embd=1000, n_head=5, padded_vocab_size=500_000)  # most of them in embedding and head
+    given = dict(any_frozen=False, precision="32-true", devices=1) | flags
+    assert launch.fits_each_device(config, **given) is expected
 
 
 def test_launching_prints_nothing_and_leaves_threads_loggers_and_environment_alone(capfd, monkeypatch):

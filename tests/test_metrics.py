@@ -1,11 +1,15 @@
 """What a run counts, shows and reports."""
 
+import errno
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
-from litgpt.metrics import Meter, ProgressLine, Throughput, duration, report, validation_values
+from litgpt.metrics import Meter, ProgressLine, Throughput, _Console, duration, report, validation_values
 
 
 class Clock:
@@ -90,6 +94,37 @@ def test_a_terminal_shows_a_bar_and_lines_above_it():
 
 def test_other_processes_show_nothing():
     assert shown(terminal=False, shown=False) == shown(terminal=True, shown=False) == ""
+
+
+class Closed(io.StringIO):
+    """An output whose reader is gone, or whose disk is full."""
+
+    def __init__(self, error: type[OSError] | OSError):
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_output_that_nobody_reads_stops_nothing_and_is_told_of_once(error, terminal: bool, capsys):
+    console = _Console(file=Closed(error), force_terminal=terminal, width=140)
+    with ProgressLine(10, console=console) as progress:
+        for _ in range(3):
+            progress.update(run(max_steps=10).values(**VALUES))
+            progress.say("said")
+    assert capsys.readouterr().err.count("Nothing more is shown") == 1
+
+
+def test_nothing_is_left_to_write_into_a_closed_pipe_when_the_program_ends():
+    code = "from litgpt.metrics import ProgressLine\nwith ProgressLine(1) as line:\n for _ in range(3): line.say('said')\nprint('more')"
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert done.returncode == 0 and done.stderr.startswith("Nothing more is shown") and len(done.stderr.splitlines()) == 1
 
 
 def test_the_report_tells_tokens_time_rate_and_memory():

@@ -61,12 +61,49 @@ def test_only_what_is_trained_is_in_the_optimizer():
         (OptimizerArgs(init_args={"epsilon": 1}), "'epsilon', which AdamW does not take"),
         (OptimizerArgs(betas=(1.5, 0.9)), "refuses"),
         (OptimizerArgs(lr=-1.0), "refuses"),
+        (OptimizerArgs("..AdamW"), "or an import path, but got '..AdamW'"),
+        (OptimizerArgs(".AdamW"), "or an import path"),
+        (OptimizerArgs(""), "or an import path"),
+        (OptimizerArgs("LBFGS"), "LBFGS computes the loss several times"),
+        (OptimizerArgs("SparseAdam"), "wants sparse gradients"),
+        (OptimizerArgs(init_args={"differentiable": True}), "differentiable"),
+        (OptimizerArgs(init_args={"capturable": True}), "is for GPUs"),
+        (OptimizerArgs(weight_decay=math.inf), "`weight_decay` is a finite number"),
+        (OptimizerArgs(betas=(0.9, math.nan)), "`betas` is a finite number"),
+        (OptimizerArgs("SGD", lr=math.nan), "`lr` is a finite number"),
+        (OptimizerArgs(init_args={"eps": math.nan}), "`eps` is a finite number"),
     ],
     ids=str,
 )
 def test_a_wrong_optimizer_is_one_sentence(args, words):
     with pytest.raises(UserError, match=words):
         make_optimizer(args, layer().parameters())
+
+
+def every_class() -> list[str]:
+    return [name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)]
+
+
+@pytest.mark.parametrize("name", sorted({*every_class()} - {"Optimizer"}))
+def test_every_optimizer_of_torch_makes_a_step_or_is_refused(name):
+    model = torch.nn.Linear(3, 2, bias=False)  # Muon takes matrices only
+    try:
+        optimizer = make_optimizer(OptimizerArgs(name), model.parameters())
+    except UserError:
+        assert name in ("LBFGS", "SparseAdam")
+        return
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert not torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
+def test_foreach_takes_the_place_of_our_fused_steps(name):
+    for foreach in (True, False, None):
+        optimizer = make_optimizer(OptimizerArgs(name, init_args={"foreach": foreach}), layer().parameters())
+        assert optimizer.defaults["fused"] is (None if foreach else True) and optimizer.defaults["foreach"] is foreach
+    assert make_optimizer(OptimizerArgs(name, init_args={"fused": False}), layer().parameters()).defaults["fused"] is False
 
 
 def test_the_learning_rate_is_set_in_all_groups():
@@ -128,6 +165,9 @@ def test_the_warm_up_is_a_number_a_fraction_or_a_tenth_of_at_most_1000_steps():
         (dict(lr_warmup_fraction=-0.1), "between 0 and 1"),
         (dict(lr_warmup_steps=-1), "got -1"),
         (dict(min_lr=2.0), "min_lr"),
+        (dict(min_lr=math.nan), "min_lr"),
+        (dict(min_lr=math.nan, lr_schedule="constant"), "min_lr"),
+        (dict(lr_warmup_fraction=math.nan), "between 0 and 1"),
     ],
     ids=str,
 )
@@ -135,8 +175,9 @@ def test_a_wrong_schedule_is_one_sentence(wrong, words):
     with pytest.raises(UserError, match=words):
         check_schedule(TrainArgs(**wrong), lr=1.0)
     check_schedule(TrainArgs(lr_warmup_steps=0, min_lr=0.5), lr=1.0)
-    with pytest.raises(UserError, match="positive"):
-        check_schedule(TrainArgs(), lr=0.0)
+    for lr in (0.0, math.nan, math.inf, None):
+        with pytest.raises(UserError, match="positive"):
+            check_schedule(TrainArgs(), lr=lr)
 
 
 # Clipping

@@ -12,6 +12,7 @@ import torch
 from finetune.run_and_kill import run_and_kill
 from safetensors.torch import load_file
 from speaking import make_checkpoint, make_tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -252,6 +253,22 @@ def test_the_names_are_listed(capsys: pytest.CaptureFixture):
 def test_options_that_cannot_be_followed_are_refused(run, options: dict, message: str):
     with pytest.raises(UserError, match=message):
         run(**options)
+
+
+def test_added_tokens_count_among_those_that_the_model_has_to_know(run, tmp_path: Path):
+    make_tokenizer(tmp_path / "larger", template=None)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "larger" / "tokenizer.json"))
+    tokenizer.add_tokens([f"<more-{i}>" for i in range(30)])
+    tokenizer.save(str(tmp_path / "larger" / "tokenizer.json"))
+    with pytest.raises(UserError, match="knows 330 tokens, but the model tiny only 320"):
+        run(tokenizer_dir=tmp_path / "larger")
+
+
+def test_a_continued_run_is_resumed_with_its_own_initial_weights_only(run, base: Path, tmp_path: Path):
+    train = dict(max_steps=2, save_interval=1)
+    run(initial_checkpoint_dir=base, train=train)
+    with pytest.raises(UserError, match="fingerprint of the initial weights"):
+        run(initial_checkpoint_dir=make_checkpoint(tmp_path / "other", context=64, seed=1), train=train, resume=True)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(texts: Path, capsys: pytest.CaptureFixture):

@@ -179,7 +179,7 @@ def trained_text(tokenizer, ids, trained):
 # ---- layouts
 
 
-@pytest.mark.parametrize("name", sorted(set(prompt_styles) - {"llama2-function-calling"}))
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_the_layout_is_the_published_one(name):
     assert PromptStyle.from_name(name).apply("P", sys_prompt="S") == LAYOUTS[name]
     default = prompt_styles[name].default_system
@@ -492,7 +492,8 @@ def test_a_prompt_that_opens_a_thought_is_kept_in_training(tmp_path):
     [(ids, trained)] = encode_training(style, tokenizer, [user("P"), assistant("A")])
     served = encode_prompt(style, tokenizer, [user("P")])
     assert ids[: len(served)] == served and tokenizer.decode(served).endswith("<think>\n")
-    assert trained_text(tokenizer, ids, trained)[0] == ["A", "<|im_end|>"]
+    assert tokenizer.decode(ids[len(served) :]).strip() == "</think>\n\nA"
+    assert trained == [False] * len(served) + [True] * (len(ids) - len(served) - 1) + [False]  # not the line break behind the end
 
 
 def test_a_template_that_hides_the_answer_cannot_be_trained(tmp_path):
@@ -709,3 +710,27 @@ def test_characters_that_are_no_text_are_refused(tmp_path):
     tokenizer = Tokenizer(write(tmp_path, "byte_level"))
     with pytest.raises(UserError, match="UTF-8"):
         tokenizer.encode("\ud83d")
+
+
+def test_a_template_that_loops_is_given_its_time_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = Tokenizer(write(tmp_path, "byte_level", chat_template=endless))
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    style = find_prompt_style(tmp_path, tokenizer)
+    for attempt in (
+        lambda: encode_prompt(style, tokenizer, "Hi"),
+        lambda: encode_training(style, tokenizer, messages),
+        lambda: save_stop_tokens(style, tokenizer, tmp_path),
+    ):
+        began = time.monotonic()
+        with pytest.raises(UserError, match="longer than 0.5 seconds"):
+            attempt()
+        assert time.monotonic() - began < 2 * sandbox.MAX_SECONDS
+
+
+def test_a_template_that_wants_other_messages_names_no_end_of_an_answer(tmp_path):
+    refusing = "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}{{ messages[0].content }}"
+    tokenizer = Tokenizer(write(tmp_path, "byte_level", chat_template=refusing))
+    assert find_prompt_style(tmp_path, tokenizer).turn_end(tokenizer) == ""
+    assert tokenizer.decode(encode_prompt(find_prompt_style(tmp_path, tokenizer), tokenizer, "Hi")) == "Hi"

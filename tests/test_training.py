@@ -1,6 +1,7 @@
 """The step, the run state and what ranks agree on, on one process and on two."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -205,6 +206,15 @@ def test_a_stop_request_gives_the_signals_back():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_the_first_signal_is_answered_once_and_on_one_process_only(capfd):
+    for answers in (True, False):
+        with training.StopRequest(answers):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        out, err = capfd.readouterr()
+        assert out == "" and err.count("Stopping after this step") == answers
+
+
 def test_the_first_non_finite_norm_sticks():
     flag = FirstNonFinite("cpu")
     for step, norm in enumerate([1.0, float("inf"), 2.0, float("nan")], start=1):
@@ -274,7 +284,11 @@ def test_limits_count_the_last_smaller_step_of_each_epoch():
         of()
 
 
-@pytest.mark.parametrize("wrong", [dict(micro_batch_size=0), dict(epochs=-1), dict(max_time=0.0), dict(log_interval=0), dict(max_norm=0)])
+NOT_POSITIVE = [dict(micro_batch_size=0), dict(epochs=-1), dict(max_time=0.0), dict(log_interval=0), dict(max_norm=0)]
+NOT_FINITE = [dict(max_time=math.nan), dict(max_time=math.inf), dict(max_norm=math.nan)]
+
+
+@pytest.mark.parametrize("wrong", NOT_POSITIVE + NOT_FINITE)
 def test_a_limit_that_is_not_positive_is_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         training.check_limits(TrainArgs(**wrong), EvalArgs())

@@ -2,20 +2,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle import their_config
 from tiny import EVERY_VARIANT, tiny_config
-from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.families import FAMILIES
 from litgpt.model import GPT
-from litgpt.translate import dequantized, translate
-from litgpt.weights import ignored, interleaved_qkv, parted, prefixed, same
+from litgpt.translate import translate
+from litgpt.weights import alternating, ignored, interleaved_qkv, parted, prefixed, same, skipped, stacked, transposed
 
 
 def random_model(model_type, changes):
     """A transformers model with weights of its own in every parameter, and our config for it."""
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config(model_type, **changes).to_hf()))
+    theirs = AutoModelForCausalLM.from_config(their_config(tiny_config(model_type, **changes)))
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter)
     return theirs, Config.from_hf(theirs.config.to_dict())
@@ -162,7 +163,10 @@ def test_a_missing_part_is_named():
         list(translate(theirs.items(), config.rules, config, to_ours=True))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+SORTED_BY_ROWS = ("joined", "interleaved_qkv", "gated_qkv")
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if any(rule.kind in SORTED_BY_ROWS for rule in FAMILIES[name].rules)])
 def test_rows_that_do_not_fit_the_config_are_refused(model_type):
     config = tiny_config(model_type)
     theirs = dict(translate(GPT(config).state_dict().items(), config.rules, config, to_ours=False))
@@ -170,8 +174,44 @@ def test_rows_that_do_not_fit_the_config_are_refused(model_type):
         list(translate(theirs.items(), config.rules, replace(config, head_size=16), to_ours=True))
 
 
-def test_quantized_weights_are_refused_and_others_pass():
-    weights = [("a", torch.ones(1))]
-    assert list(dequantized(weights, None)) == weights
-    with pytest.raises(UserError, match="'gptq'"):
-        list(dequantized(weights, {"quant_method": "gptq", "bits": 4}))
+def test_weights_of_a_multimodal_models_other_parts_are_skipped():
+    rules = [same("model.norm.*", "ln.*"), skipped("vision_tower.")]
+    stream = [("vision_tower.norm.weight", torch.ones(2)), ("model.norm.weight", torch.ones(1))]
+    assert_same(dict(translate(stream, rules, tiny_config("llama"), to_ours=True)), {"ln.weight": torch.ones(1)})
+
+
+STACKS = {
+    "stacked": (
+        [stacked(["e.{}.{}.gate.weight", "e.{}.{}.up.weight"], "h.{}.gate_up", "n_expert")],
+        lambda ours: {
+            f"e.1.{e}.{part}.weight": ours[e, 3 * i : 3 * i + 3].clone() for e in range(4) for i, part in enumerate(("gate", "up"))
+        },
+    ),
+    "alternating": (
+        [alternating("e.{}.gate_up", "h.{}.gate_up")],
+        lambda ours: {"e.1.gate_up": ours.view(4, 2, 3, 5).permute(0, 3, 2, 1).flatten(2)},
+    ),
+    "transposed": ([transposed("e.{}.gate_up", "h.{}.gate_up")], lambda ours: {"e.1.gate_up": ours.transpose(1, 2)}),
+}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_stacks_of_experts_come_apart_and_together(kind):
+    rules, expected = STACKS[kind]
+    config = Config(n_layer=2, n_expert=4, n_expert_per_token=1, mlp_class_name="LLaMAMoE", intermediate_size=3, n_embd=32, n_head=4)
+    ours = torch.randn(4, 6, 5)
+    theirs = dict(translate([("h.1.gate_up", ours)], rules, config, to_ours=False))
+    assert_same(theirs, expected(ours))
+    assert_same(dict(translate(reversed(theirs.items()), rules, config, to_ours=True)), {"h.1.gate_up": ours})
+
+
+def test_an_expert_too_few_or_too_many_is_named():
+    rules = [stacked("e.{}.weight", "stack", "n_expert")]
+    config = Config(n_layer=2, n_expert=2, n_expert_per_token=1, mlp_class_name="LLaMAMoE", intermediate_size=3, n_embd=32, n_head=4)
+    weight = torch.ones(2, 2)
+    with pytest.raises(UserError, match="'e.0.weight' is missing, without which 'e.1.weight'"):
+        list(translate([("e.1.weight", weight)], rules, config, to_ours=True))
+    with pytest.raises(UserError, match="'e.7.weight' is one of more than the config has, whose `n_expert` is 2"):
+        list(translate([("e.0.weight", weight), ("e.7.weight", weight)], rules, config, to_ours=True))
+    with pytest.raises(UserError, match=r"'e.1.weight' has the shape \(2, 3\), but 'e.0.weight' has"):
+        list(translate([("e.0.weight", weight), ("e.1.weight", torch.ones(2, 3))], rules, config, to_ours=True))

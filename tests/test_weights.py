@@ -3,8 +3,10 @@ import sys
 
 import pytest
 
+from tiny import EVERY_VARIANT, tiny_config
+
 from litgpt.families import FAMILIES
-from litgpt.weights import Rule, ignored, interleaved_qkv, joined, parted, prefixed, same, tied
+from litgpt.weights import Rule, ignored, interleaved_qkv, joined, parted, prefixed, same, tied, where
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -17,19 +19,23 @@ def test_rules_say_what_becomes_what():
     assert tied("a", "b") == Rule("tied", ("a",), ("b",))
     assert ignored("a") == Rule("ignored", ("a",), ())
     assert prefixed("there.", "usual.") == Rule("prefixed", ("there.",), ("usual.",))
+    assert where(same("a", "b"), n_head=2, bias=True) == Rule("same", ("a",), ("b",), only=(("n_head", 2), ("bias", True)))
 
 
-@EVERY_FAMILY
-def test_no_weight_has_two_rules(family):
+@EVERY_VARIANT
+def test_no_weight_has_two_rules(model_type, changes):
+    rules = [rule for rule in tiny_config(model_type, **changes).rules if rule.kind not in ("alias", "prefixed", "skipped")]
     for side in ("theirs", "ours"):
-        names = [name for rule in family.weights for name in getattr(rule, side)]
+        names = [name for rule in rules for name in getattr(rule, side)]
         assert len(names) == len(set(names))
 
 
 @EVERY_FAMILY
 def test_both_sides_of_a_rule_have_the_same_numbers_and_ends(family):
     for rule in family.weights:
-        shapes = {(name.count("{}"), name.endswith("*")) for name in rule.theirs + rule.ours}
+        numbers = [(name, name.count("{}")) for name in rule.ours]
+        numbers += [(name, name.count("{}") - bool(rule.count)) for name in rule.theirs]
+        shapes = {(number, name.endswith("*")) for name, number in numbers}
         assert len(shapes) == 1, rule
 
 

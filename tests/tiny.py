@@ -30,6 +30,9 @@ DEFAULTS = dict(
     OLD={},  # a config.json as transformers 4 spells it, or as it was published
     TIES=True,  # whether head and embedding may be tied and untied
     PLAIN_ROPE=True,  # whether config.json has one base and one scaling for all layers
+    ACTIVATION="hidden_act",  # how config.json calls the activation; None if it does not name it
+    TIED=[],  # patterns of the published checkpoints whose heads are tied
+    IN_LITGPT=True,  # whether LitGPT can express the tiny model
 )
 
 

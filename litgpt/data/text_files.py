@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from litgpt.data.base import DataModule
+from litgpt.data.base import DataModule, highest_id
 from litgpt.data.tokens import Encoded, TokenDataset, TokenStore, fitting_length, held_out_from, open_store, store_key
 from litgpt.errors import MissingFile, UserError
 from litgpt.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ class TextFiles(DataModule):
             store_key(files, self.tokenizer, {"piece": PIECE}),
             pieces,
             partial(encode_piece, tokenizer=self.tokenizer),
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=highest_id(self.tokenizer) + 1,
             num_workers=self.num_workers if sum(piece.end - piece.start for piece in pieces) > 2 * PIECE else 0,
         )
 

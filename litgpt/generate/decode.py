@@ -10,11 +10,13 @@ from torch.compiler import set_stance
 
 from litgpt.cache import Cache, upload
 from litgpt.errors import UserError
+from litgpt.hardware import GB, device_memory_gb
 from litgpt.model import GPT
 from litgpt.tokenizer import StreamDecoder, Tokenizer
 
 CHUNK = 2048  # the most prompt tokens that one call of the model sees: more would only cost memory
 BUCKET = 256  # compiled attention reads a multiple of so many tokens, so that there are few graphs
+FEWER = "Lower `max_new_tokens`, or a fixed size of the memory if you set one."
 PREFIX = 1024  # how many of the likeliest tokens `top_p` looks at before it sorts all of them
 
 
@@ -241,13 +243,34 @@ def new_cache(model: GPT, rows: int, length: int, rewind: int = 0) -> Cache:
         rows: How many sequences fit.
         length: How many tokens fit in each.
         rewind: How many tokens can always be taken back.
+
+    Raises:
+        UserError: The device has not enough memory.
     """
     compiled = model.transformer.h[0]._compiled_call_impl is not None
     if compiled:
         length = min(-(-length // BUCKET) * BUCKET, model.config.block_size)
-    cache = model.new_cache(rows, length, chunk=min(CHUNK, length), rewind=min(rewind, length))
+    sizes = dict(chunk=min(CHUNK, length), rewind=min(rewind, length))
+    _check_memory(model, rows, length, **sizes)
+    try:
+        cache = model.new_cache(rows, length, **sizes)
+    except torch.OutOfMemoryError:  # of a GPU, which may hold more than the weights
+        raise UserError(f"The device has no memory left to remember {rows * length:,} tokens. {FEWER}") from None
     cache.bucket = BUCKET if compiled else 1
     return cache
+
+
+def _check_memory(model: GPT, rows: int, length: int, chunk: int, rewind: int) -> None:
+    """Refuse a memory that does not fit beside the weights. The system would grant it, and stop the program once it is written to."""
+    weight = model.transformer.wte.weight
+    states = [block.new_state(rows, length, chunk, rewind, weight.dtype, torch.device("meta")) for block in model.transformer.h]
+    needed = rows * sum(part.nbytes for state in states if state is not None for part in state.parts(0, length)) / GB
+    taken, there = sum(parameter.nbytes for parameter in model.parameters()) / GB, device_memory_gb(weight.device)
+    if needed + taken > there:
+        raise UserError(
+            f"To remember {rows * length:,} tokens takes {needed:,.1f} GB, but this machine's {weight.device.type} has {there:.1f} GB, of "
+            f"which the weights take {taken:.1f} GB. {FEWER}"
+        )
 
 
 @torch.inference_mode()
@@ -383,15 +406,21 @@ def complete(
     return (new for [new] in decode(model, [prompt], [row], cache, n_new, stop, include_stop))
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterable[Sequence[int]], stop_strings: Iterable[str] = ()) -> Iterator[str]:
+def stream_text(
+    tokenizer: Tokenizer, tokens: Iterable[Sequence[int]], stop_strings: Iterable[str] = (), behind: Sequence[int] = ()
+) -> Iterator[str]:
     """Yield text as soon as it is certain: no half characters, nothing that may belong to a stop string.
 
     Args:
         tokenizer: The tokenizer.
         tokens: The new ids of each step.
         stop_strings: The text ends before the first of these.
+        behind: The ids that the tokens go on from, if their text does so too: then the first word keeps its space.
     """
     decoder, matcher = StreamDecoder(tokenizer), StopMatcher(stop_strings)
+    for token in behind:
+        decoder.push(token)
+    decoder.flush()
     for new in tokens:
         text = "".join(matcher.push("".join(map(decoder.push, new))))
         if text:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt.checkpoint import described_by, load_model
+from litgpt.checkpoint import described_by, find_adapter, load_model
 from litgpt.errors import UserError
 from litgpt.generate.decode import compile_blocks
 from litgpt.hardware import find_device, products_dtype
@@ -41,6 +41,7 @@ def load(
     precision: str | None = None,
     compile: bool = False,
     access_token: str | None = None,
+    adapter: Path | None = None,
 ) -> Speaker:
     """Return a checkpoint made ready to answer on this machine's device.
 
@@ -50,12 +51,13 @@ def load(
         precision: The type of weights and products; by default the one that is fast here.
         compile: Whether to compile the model's blocks.
         access_token: For a model that has to be downloaded.
+        adapter: A folder of LoRA updates to add to the model's weights.
     """
     check_quantize(quantize)
-    dtype = products_dtype(precision)
+    dtype, updates = products_dtype(precision), find_adapter(adapter)
     folder = find_checkpoint(checkpoint_dir, access_token=access_token)
     tokenizer = Tokenizer(described_by(folder))
-    model = load_model(folder, dtype=dtype, device=find_device())
+    model = load_model(folder, dtype=dtype, device=find_device(), adapter=updates)
     if compile:
         compile_blocks(model)
     return Speaker(folder, model, tokenizer, find_prompt_style(folder, tokenizer, config=model.config))

@@ -8,9 +8,10 @@ import yaml
 
 from litgpt import names
 from litgpt.errors import MissingFile, UserError, did_you_mean
+from litgpt.files import is_file, read_json, read_yaml
 from litgpt.prompts.style import PromptStyle, known_style, prompt_styles
 from litgpt.prompts.template import ChatTemplate, read_chat_template
-from litgpt.tokenizer import Tokenizer, read_json
+from litgpt.tokenizer import Tokenizer
 
 CHAT_TEMPLATE_STYLE = "chat-template"
 
@@ -98,20 +99,18 @@ def load_prompt_style(checkpoint_dir: str | Path) -> PromptStyle:
         UserError: It is damaged, or names a class that this program does not know.
     """
     path = Path(checkpoint_dir) / names.PROMPT_STYLE
-    if not path.is_file():
+    if not is_file(path):
         raise MissingFile(f"There is no {names.PROMPT_STYLE} in {str(checkpoint_dir)!r}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{str(path)!r} is not readable YAML ({error}). Delete it, or write `class_path: litgpt.prompts.Alpaca`.") from None
-    if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
-        raise UserError(f"{str(path)!r} must hold a `class_path`, as in `class_path: litgpt.prompts.Alpaca`, but holds {content!r}.")
+    way = "Delete it, or write `class_path: litgpt.prompts.Alpaca`."
+    content = read_yaml(path, way=way)
+    if not isinstance(content.get("class_path"), str):
+        raise UserError(f"{path} is damaged: its `class_path` is {content.get('class_path')!r:.40}, not the name of a style. {way}")
     return _named(content, Path(checkpoint_dir))
 
 
 def has_prompt_style(checkpoint_dir: str | Path) -> bool:
     """Whether a folder has a `prompt_style.yaml`."""
-    return (Path(checkpoint_dir) / names.PROMPT_STYLE).is_file()
+    return is_file(Path(checkpoint_dir) / names.PROMPT_STYLE)
 
 
 def _named(style: str | dict[str, Any], folder: Path) -> PromptStyle:
@@ -121,13 +120,18 @@ def _named(style: str | dict[str, Any], folder: Path) -> PromptStyle:
     known = {_path(cls): cls for cls in _subclasses(PromptStyle)} | {
         f"litgpt.prompts.{cls.__name__}": cls for cls in prompt_styles.values()
     }
-    cls = prompt_styles.get(path) or known.get(path)
+    cls = (prompt_styles.get(path) or known.get(path)) if isinstance(path, str) else None
     if cls is None:
         choices = [*prompt_styles, CHAT_TEMPLATE_STYLE]
         raise UserError(
             f"{path!r} is not a prompt style that this program knows.{did_you_mean(str(path), choices)} Use {', '.join(choices)}, "
             "or import the module that defines it first."
         )
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise UserError(f"The arguments of a prompt style map names to values, but {path!r} has {arguments!r:.40}.")
+    if cls is ChatTemplate and (variables := arguments.get("variables")) is not None:
+        if not isinstance(variables, dict) or not all(isinstance(key, str) for key in variables):
+            raise UserError(f"The `variables` of a chat template map names to values, but they are {variables!r:.40}.")
     try:
         return ChatTemplate.from_checkpoint(folder, **arguments) if cls is ChatTemplate else cls(**arguments)
     except TypeError as error:

@@ -36,6 +36,10 @@ WEIGHED = frozenset(
 _budget: ContextVar["_Budget"] = ContextVar("_budget")
 
 
+class TooMuch(UserError):
+    """A template takes more time or space than one may. It is not worth another try."""
+
+
 @dataclass
 class _Budget:
     """What one rendering may still use."""
@@ -46,10 +50,10 @@ class _Budget:
     def spend(self, work: int = 0) -> None:
         """Stop the rendering when its time is over or its work too much."""
         if time.monotonic() > self.deadline:
-            raise UserError(f"The chat template took longer than {MAX_SECONDS:g} seconds. It may loop forever; use another prompt style.")
+            raise TooMuch(f"The chat template took longer than {MAX_SECONDS:g} seconds. It may loop forever; use another prompt style.")
         self.work += work
         if self.work > MAX_WORK:
-            raise UserError("The chat template handles too much text. Use another prompt style.")
+            raise TooMuch("The chat template handles too much text. Use another prompt style.")
 
 
 def render(template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -60,7 +64,8 @@ def render(template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]
         **variables: What it may use, as in `messages` and `add_generation_prompt`.
 
     Raises:
-        UserError: The template is wrong, refuses the messages, or takes too long or too much space.
+        TooMuch: The template takes too long or too much space.
+        UserError: It is wrong or refuses the messages.
     """
     budget = _Budget(time.monotonic() + MAX_SECONDS)
     token = _budget.set(budget)
@@ -105,7 +110,7 @@ def _split_at_marks(marked: str, mark: str) -> tuple[str, list[tuple[int, int]]]
 
 def _check_size(size: int) -> None:
     if size > MAX_CHARACTERS:
-        raise UserError(f"The chat template wrote more than {MAX_CHARACTERS} characters. Use another prompt style.")
+        raise TooMuch(f"The chat template wrote more than {MAX_CHARACTERS} characters. Use another prompt style.")
 
 
 def _ticking(items: Iterable, work: int) -> Iterator:
@@ -178,7 +183,7 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         opening, closing = (nodes.Output([nodes.TemplateData(self.environment.mark + side)], lineno=line) for side in "<>")
-        return [opening, *body, closing]
+        return [opening, nodes.Scope(body, lineno=line), closing]  # what is set inside ends with the block, as in transformers
 
 
 class _Guards(NodeTransformer):
@@ -265,8 +270,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Call with limits."""
         method = getattr(__obj, "__wrapped__", __obj)
         _check_call(getattr(method, "__name__", ""), getattr(method, "__self__", None), [*args, *kwargs.values()])
-        if method is dict or method is Namespace:
-            _weight([*args, *kwargs.values()])
+        if method is dict or method is Namespace:  # Jinja hands a call in a loop the loop's variables too
+            _weight([*args, *(value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars"))])
         result = super().call(__context, __obj, *args, **kwargs)
         if isinstance(result, str):
             _check_size(len(result))

@@ -1,54 +1,8 @@
-"""The prompt styles. Each is a layout, as published with the models that were trained on it; `{}` stands for a text."""
+"""Prompt styles that mark turns with tokens. Each is a layout as published with models that were tuned on it; `{}` stands for a text."""
 
-from litgpt.prompts.style import Message, PromptStyle, prompt_styles
+from litgpt.prompts.style import PromptStyle, prompt_styles
 
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n",
-)
 HELPFUL = "You are a helpful assistant."
-META = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your answers should "
-    "not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses are "
-    "socially unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, explain why "
-    "instead of answering something not correct. If you don't know the answer to a question, please don't share false information."
-)
-
-
-class Default(PromptStyle, name="default"):
-    """Only the text itself, for models that were not trained on instructions."""
-
-    between = "\n"
-
-
-class FLAN(PromptStyle, name="flan"):
-    """Alpaca's layout for instructions without an input."""
-
-    default_system = ALPACA[0]
-    system = "{}"
-    system_inside = False
-    user = "### Instruction:\n{}\n\n### Response:\n"
-    between = "\n\n"
-
-
-class Longform(FLAN, name="longform"):
-    """Alpaca's layout with the preamble for instructions that have an input, but no place for one."""
-
-    default_system = ALPACA[1]
-
-
-class Alpaca(FLAN, name="alpaca"):
-    """Stanford Alpaca, https://github.com/tatsu-lab/stanford_alpaca; a system text replaces its preamble."""
-
-    default_system = None
-
-    def turn(self, message: Message, system: str | None, first: bool) -> str:
-        """Return one instruction, with its input if there is one."""
-        given = message.get("input")
-        preamble = (ALPACA[bool(given)] if system is None else system) if first else ""
-        text = f"{message['content']}\n\n### Input:\n{given}" if given else message["content"]
-        return preamble + self.user.replace("{}", text, 1)
 
 
 class StableLMAlpha(PromptStyle, name="stablelm-alpha"):
@@ -77,37 +31,12 @@ class StableLMZephyr(PromptStyle, name="stablelm-zephyr"):
     between = "\n"
 
 
-class Falcon(PromptStyle, name="falcon"):
-    """Falcon instruct; its first models have no tokens for turns."""
-
-    user = "{}\nAnswer:"
-    between = "\n"
-    stops = (("User", ":"), ("\n", "User"))
+class StableLM2Zephyr(StableLMZephyr, name="stablelm2-zephyr"):
+    """StableLM 2 Zephyr, https://huggingface.co/stabilityai/stablelm-2-zephyr-1_6b."""
 
 
 class Falcon3(StableLMZephyr, name="falcon3"):
     """Falcon 3 instruct."""
-
-
-class Llama2(PromptStyle, name="llama2"):
-    """Llama 2 chat, https://huggingface.co/blog/llama2#how-to-prompt-llama-2."""
-
-    default_system = META
-    system = "<<SYS>>\n{}\n<</SYS>>\n\n "
-    user = "[INST] {} [/INST] "
-
-
-class Llama2FunctionCalling(PromptStyle, name="llama2-function-calling"):
-    """Trelis' Llama 2 with functions, https://huggingface.co/Trelis/Llama-2-7b-chat-hf-function-calling-v2, with one example function."""
-
-    begin = (
-        '<FUNCTIONS>{\n    "function": "search_bing",\n    "description": "Search the web for content on Bing. This allows users to search '
-        'online/the internet/the web for content.",\n    "arguments": [\n        {\n            "name": "query",\n            '
-        '"type": "string",\n            "description": "The search query string"\n        }\n    ]\n}</FUNCTIONS>\n\n'
-    )
-    default_system = META
-    system = "<<SYS>>\n{}\n<</SYS>>\n\n"
-    user = "[INST]{}[/INST]\n\n"
 
 
 class Llama3(PromptStyle, name="llama3"):
@@ -128,52 +57,6 @@ class R1Base(PromptStyle, name="r1base"):
     system_inside = False
     user = "<｜User｜>{}<｜Assistant｜>"
     end = "<｜end▁of▁sentence｜>"
-
-
-class FreeWilly2(PromptStyle, name="freewilly2"):
-    """FreeWilly 2 (Stable Beluga 2), https://huggingface.co/stabilityai/StableBeluga2."""
-
-    default_system = "This is a system prompt, please behave and help the user."
-    system = "### System:\n{}\n\n"
-    system_inside = False
-    user = "### User:\n{}\n\n### Assistant:\n"
-    between = "\n\n"
-
-
-class Platypus(PromptStyle, name="platypus"):
-    """Platypus 2, https://huggingface.co/garage-bAInd/Platypus2-13B."""
-
-    user = "### Instruction:\n\n{}\n\n### Response:\n"
-    between = "\n\n"
-
-
-class StableCode(PromptStyle, name="stablecode"):
-    """StableCode instruct alpha, https://huggingface.co/stabilityai/stablecode-instruct-alpha-3b."""
-
-    user = "###Instruction\n{}###Response\n"
-    between = "\n"
-
-
-class CodeLlama(PromptStyle, name="codellama"):
-    """Code Llama, and Mistral's first models."""
-
-    system = "<<SYS>>\n{}\n<</SYS>>\n\n"
-    user = "[INST] {} [/INST]"
-
-
-class Phi1(PromptStyle, name="phi-1"):
-    """Phi 1 and 1.5, https://huggingface.co/microsoft/phi-1_5."""
-
-    user = "{}\n\nAnswer:"
-    between = "\n\n"
-    stops = (("Answer", ":"), ("\n", "Answer", ":"))
-
-
-class Phi2(PromptStyle, name="phi-2"):
-    """Phi 2, https://huggingface.co/microsoft/phi-2."""
-
-    user = "Instruct: {}\nOutput:"
-    between = "\n"
 
 
 class Phi3(PromptStyle, name="phi-3"):
@@ -247,15 +130,50 @@ class Gemma(PromptStyle, name="gemma"):
     between = "\n"
 
 
-class OLMo(PromptStyle, name="olmo"):
-    """OLMo instruct, https://huggingface.co/allenai/OLMo-7B-Instruct-hf."""
+class Tulu(PromptStyle, name="tulu"):
+    """Tulu 2 and 3, https://huggingface.co/allenai/tulu-2-7b; an answer ends with EOS."""
 
-    begin = "<|endoftext|>"
     system = "<|system|>\n{}\n"
     system_inside = False
     user = "<|user|>\n{}\n<|assistant|>\n"
-    end = "<|endoftext|>"
     between = "\n"
+
+
+class OLMo(Tulu, name="olmo"):
+    """OLMo instruct, https://huggingface.co/allenai/OLMo-7B-Instruct-hf."""
+
+    begin = "<|endoftext|>"
+    end = "<|endoftext|>"
+
+
+class OLMo2(OLMo, name="olmo2"):
+    """OLMo 2 instruct, https://huggingface.co/allenai/OLMo-2-1124-7B-Instruct."""
+
+
+class H2OAI(PromptStyle, name="h2oai"):
+    """H2O Danube 2 chat, https://huggingface.co/h2oai/h2o-danube2-1.8b-chat; it has no system role, so that text opens the first turn."""
+
+    user = "<|prompt|>{}</s><|answer|>"
+    end = "</s>"
+
+
+class Granite(PromptStyle, name="granite"):
+    """Granite 3 instruct, https://huggingface.co/ibm-granite/granite-3.0-8b-instruct."""
+
+    system = "<|start_of_role|>system<|end_of_role|>{}<|end_of_text|>\n"
+    system_inside = False
+    user = "<|start_of_role|>user<|end_of_role|>{}<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+    end = "<|end_of_text|>"
+    between = "\n"
+
+
+class CommandR(PromptStyle, name="command-r"):
+    """Cohere's Command R and Aya, https://huggingface.co/CohereLabs/c4ai-command-r-v01."""
+
+    system = "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{}<|END_OF_TURN_TOKEN|>"
+    system_inside = False
+    user = "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{}<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+    end = "<|END_OF_TURN_TOKEN|>"
 
 
 class ChatML(PromptStyle, name="chatml"):
@@ -266,6 +184,16 @@ class ChatML(PromptStyle, name="chatml"):
     user = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     end = "<|im_end|>"
     between = "\n"
+
+
+class StableLM2Chat(ChatML, name="stablelm2-chat"):
+    """StableLM 2 chat, https://huggingface.co/stabilityai/stablelm-2-12b-chat."""
+
+
+class Qwen2(ChatML, name="qwen2"):
+    """Qwen 2, https://huggingface.co/Qwen/Qwen2-7B-Instruct."""
+
+    default_system = HELPFUL
 
 
 class Qwen2_5(ChatML, name="qwen2.5"):

@@ -1,13 +1,16 @@
 """The chat template of a checkpoint, as a prompt style."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from litgpt import names
 from litgpt.errors import UserError
-from litgpt.prompts.sandbox import render
+from litgpt.prompts.sandbox import TooMuch, render
 from litgpt.prompts.style import Message, Piece, PromptStyle, as_messages, user_text
 from litgpt.tokenizer import Tokenizer, named_tokens, read_json
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts, the usual one first
 
 
 class ChatTemplate(PromptStyle):
@@ -47,12 +50,7 @@ class ChatTemplate(PromptStyle):
             messages: The conversation.
             generation_prompt: Whether to write what an answer begins with.
         """
-        written = [
-            {key: value for key, value in message.items() if key != "input"} | {"content": user_text(message)}
-            if message.get("input") and isinstance(message.get("content"), str)
-            else message
-            for message in messages
-        ]
+        written = [_as_given(message) for message in messages]
         defaults = {"tools": None, "documents": None}
         given = {"messages": written, "add_generation_prompt": generation_prompt}
         return render(self.template, **(defaults | self.special_tokens | self.variables | given))
@@ -74,6 +72,8 @@ class ChatTemplate(PromptStyle):
     def samples(self, messages: list[Message], end: str | None = None) -> list[list[Piece]]:
         """Return the conversation in pieces; one for each answer where the template changes earlier turns."""
         messages = as_messages(messages)
+        if not _answers(messages):
+            raise UserError("No answer follows what the user says, so there is nothing to train on. Leave such conversations out.")
         text, _ = self.render(messages, False)
         if self._turns(messages, text) is not None:
             return [self.pieces(messages)]
@@ -82,13 +82,8 @@ class ChatTemplate(PromptStyle):
             prompt = self.pieces(messages[:index])
             given = "".join(piece.text for piece in prompt)
             text, marked = self.render(messages[: index + 1], False)
-            if not text.startswith(given):  # as where the prompt opens a thought that the finished turn does not have
-                content = str(messages[index].get("content") or "").strip()
-                begins = text.rfind(content) if content else -1
-                if begins < 0:
-                    raise UserError(f"The chat template does not write message {index} as given, so it cannot be trained on.")
-                shift = len(given) - begins
-                text, marked = given + text[begins:], [(max(start + shift, len(given)), stop + shift) for start, stop in marked]
+            if not text.startswith(given):
+                text, marked = _thought_through(given, text, marked, messages[index], index)
             samples.append([*prompt, *_answer(text, len(given), len(text), marked)])
         return samples
 
@@ -98,15 +93,23 @@ class ChatTemplate(PromptStyle):
         for index in _answers(messages):
             before, _ = self.render(messages[:index], True)
             after = text if index == len(messages) - 1 else self.render(messages[: index + 1], False)[0]
+            if not text.startswith(after):  # Phi 3's writes EOS behind the last turn alone
+                after = after.removesuffix(self.special_tokens.get("eos_token", ""))
             if not (text.startswith(before) and text.startswith(after) and len(before) <= len(after)):
                 return None
             turns.append((len(before), len(after)))
         return turns
 
     def turn_end(self, tokenizer: Tokenizer) -> str:
-        """Return the special token that the template writes behind an answer, or nothing."""
+        """Return the special token that the template writes behind an answer, or nothing.
+
+        Raises:
+            TooMuch: The template takes too long or too much space.
+        """
         try:
             text, _ = self.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], False)
+        except TooMuch:
+            raise
         except UserError:  # it wants other messages
             return ""
         ids = tokenizer.ids(text.rpartition("answer")[2].strip())
@@ -121,8 +124,19 @@ class ChatTemplate(PromptStyle):
         return tuple(sequences)
 
 
+def _as_given(message: Message) -> Message:
+    """Return a message as transformers gives it to a template: without empty keys, and with thoughts under the names that are read."""
+    given = {key: value for key, value in message.items() if value is not None}
+    if given.get("input") and isinstance(given.get("content"), str):
+        given = {key: value for key, value in given.items() if key != "input"} | {"content": user_text(given)}
+    thought = next((given[name] for name in THOUGHTS if name in given), None)
+    return given if thought is None else {"thinking": thought} | given | {"reasoning_content": thought}
+
+
 def _answers(messages: list[Message]) -> list[int]:
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    """Return which messages answer somebody; a greeting before the first question does not."""
+    first = next((index for index, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > first]
 
 
 def _answer(text: str, start: int, stop: int, marked: list[tuple[int, int]]) -> list[Piece]:
@@ -136,6 +150,38 @@ def _answer(text: str, start: int, stop: int, marked: list[tuple[int, int]]) -> 
         position = last
     pieces = [piece for piece in (*pieces, Piece(text[position:stop])) if piece.text]
     return [piece._replace(answers=index == 0) for index, piece in enumerate(pieces or [Piece("")])]
+
+
+def _thought_through(
+    given: str, text: str, marked: list[tuple[int, int]], message: Message, index: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text and marks of a finished turn as they go on from a prompt that opens a thought, which is closed before the answer.
+
+    Args:
+        given: The prompt, which ends inside of a thought.
+        text: The finished conversation, which has no thought there, or an empty one.
+        marked: Its marks.
+        message: What the assistant says; its thought is used where the template leaves it out.
+        index: Which message it is.
+    """
+    opened = re.search(r"<think>\s*$", given)
+    content = message.get("content")
+    if opened is None or not text.startswith(given[: opened.start()]):  # it is opened in other words
+        begins = text.rfind(content.strip()) if isinstance(content, str) and content.strip() else -1
+        if begins < 0:
+            raise UserError(f"The chat template does not write message {index} as given, so it cannot be trained on.")
+        shift = len(given) - begins
+        return given + text[begins:], [(max(first + shift, len(given)), last + shift) for first, last in marked]
+    own = re.compile(r"<think>(.*?)</think>", re.DOTALL).match(text, opened.start())
+    begins = own.end() if own else opened.start()
+    begins += len(text[begins:]) - len(text[begins:].lstrip("\n"))
+    within = re.match(r"\s*(?:<think>)?(.*?)</think>", content, re.DOTALL) if isinstance(content, str) else None
+    beside = next((message[name] for name in THOUGHTS if isinstance(message.get(name), str)), "")
+    thought = own[1] if own and own[1].strip() else within[1] if within else beside
+    start = given + thought.strip() + "\n</think>\n\n"
+    shift = len(start) - begins
+    moved = [(len(given) if first <= begins else first + shift, last + shift) for first, last in marked if last > begins]
+    return start + text[begins:], moved
 
 
 def read_chat_template(checkpoint_dir: str | Path) -> str | None:

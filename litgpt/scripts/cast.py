@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from litgpt import names
-from litgpt.checkpoint import DTYPES, hf_weight_files, read_json, read_raw, write_shards
+from litgpt.checkpoint import DTYPES
 from litgpt.errors import UserError, disk_error
+from litgpt.files import read_json
+from litgpt.weight_files import hf_weight_files, read_plain, write_shards
 
 
 def cast_weights(folder: Path, dtype: str) -> None:
@@ -27,10 +27,10 @@ def cast_weights(folder: Path, dtype: str) -> None:
     written = folder / f"cast{names.PARTIAL}"
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir()
-    stream = ((name, tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor) for name, tensor in read_raw(folder))
+    stream = ((name, tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor) for name, tensor in read_plain(folder))
     try:
         write_shards(written, ((name, tensor.contiguous()) for name, tensor in stream))
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         shutil.rmtree(written)
         if message := disk_error(error):
             raise UserError(f"The weights could not be stored as {dtype}: {message}") from error
@@ -41,4 +41,5 @@ def cast_weights(folder: Path, dtype: str) -> None:
         file.rename(folder / file.name)
     written.rmdir()
     described = read_json(folder / names.CONFIG) | {"torch_dtype": dtype, "dtype": dtype}
+    described.pop("quantization_config", None)
     (folder / names.CONFIG).write_text(json.dumps(described, indent=2) + "\n")

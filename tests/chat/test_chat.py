@@ -10,6 +10,7 @@ from litgpt.chat import base
 from litgpt.chat.base import Conversation, common_length
 from litgpt.cli import main as cli
 from litgpt.errors import UserError
+from litgpt.generate import decode as decoding
 from litgpt.generate.decode import RowState, complete, stream_text
 from litgpt.generate.run import load
 
@@ -161,6 +162,12 @@ def test_multiline_prompts_end_with_submit(chat, speaker):
     assert ">> Reply" not in out
 
 
+def test_submit_is_explained_where_every_line_is_sent(chat, speaker):
+    out, _ = chat("!submit\nHello\n !SUBMIT \n")
+    assert out.count("Without `--multiline true` every line is sent at once") == 2
+    assert re.findall(r">> Reply: (.*?)\n>> Prompt", out, re.DOTALL) == [fresh_answer(speaker, "Hello")]
+
+
 def test_a_full_context_forgets_the_oldest_turns_with_a_note(tmp_path, capsys):
     speaker = load(make_checkpoint(tmp_path / "short", context=96), precision="32-true")
     talk = conversation(speaker, max_new_tokens=20)
@@ -192,6 +199,57 @@ def test_the_memory_grows_with_the_conversation(speaker, monkeypatch):
 def test_a_cut_answer_says_so(chat):
     _, err = chat("Hello\n", "--max_new_tokens", "2")
     assert "--max_new_tokens allows for longer ones" in err
+
+
+# Streams
+
+
+@pytest.fixture
+def terminal(folder, monkeypatch, capsys):
+    """Chat in a terminal of some encoding; return the bytes that it got, and what went to standard error."""
+
+    def run(typed, encoding, errors="strict"):
+        shown = io.BytesIO()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding=encoding, errors=errors))
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding=encoding, errors=errors))
+        assert cli(["chat", str(folder), "--precision", "32-true", "--max_new_tokens", "8", "--temperature", "0"]) == 0
+        return shown.getvalue(), capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # PYTHONIOENCODING=ascii and LC_ALL=C
+def test_an_ascii_terminal_shows_question_marks_and_may_send_utf_8(terminal, speaker, errors):
+    expected = fresh_answer(speaker, "Grüße 🙂")
+    assert not expected.isascii()
+    shown, _ = terminal("Grüße 🙂\n".encode(), "ascii", errors)
+    assert replies(shown.decode("ascii"))[0] == expected.encode("ascii", "replace").decode()
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(terminal, speaker, tmp_path):
+    file = tmp_path / "chat.json"
+    typed = b"caf\xe9\nHello\n/system caf\xe9\n/save %s\n/system\n/save %s\n" % (bytes(file), bytes(file))
+    shown, err = terminal(typed, "utf-8")
+    assert "UTF-8" in err and "Traceback" not in err
+    assert fresh_answer(speaker, "Hello") in shown.decode()
+    assert b"could not be written" in shown and len(json.loads(file.read_text())[0]["messages"]) == 2
+
+
+def test_closed_streams_end_the_chat(folder, monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", None)
+    assert cli(["chat", str(folder), "--precision", "32-true"]) == 0
+    assert cli(["chat", str(folder), "--top_k", "0"]) == 2
+
+
+def test_a_memory_that_cannot_fit_is_said_and_the_chat_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(decoding, "device_memory_gb", lambda device: 1.0)
+    speaker = load(make_checkpoint(tmp_path / "vast", context=2**30), precision="32-true")
+    talk = conversation(speaker, max_new_tokens=10**9)
+    base.process_prompt("Hello", talk)
+    assert "Lower `max_new_tokens`" in capsys.readouterr().err
+    talk.max_new_tokens = 8
+    assert "".join(talk.answer("Hello")) == fresh_answer(speaker, "Hello")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--top_p", "7"), ("--max_new_tokens", "0"), ("--top_k", "0"), ("--quantize", "bnb.nf4")])

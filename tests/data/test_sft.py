@@ -9,7 +9,7 @@ import torch
 
 from litgpt.config import Config
 from litgpt.data import DataModule, SFTDataset, get_sft_collate_fn
-from litgpt.data.base import SFTModule, messages_of, split
+from litgpt.data.base import SFTModule, highest_id, messages_of, split
 from litgpt.errors import UserError
 from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style, prompt_styles
 from litgpt.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def test_a_sample_is_the_served_prompt_and_the_answer(tokenizer, style):
         assert ids[: len(prompt)].tolist() == prompt
         assert (labels[: len(prompt)] == -100).all()
         answered = tokenizer.decode(ids[len(prompt) :])
-        assert answered.startswith(answer)
+        assert answered.removeprefix(" ").startswith(answer)  # a style whose prompts end with a colon has a space there
         assert labels[len(prompt)] == ids[len(prompt)]
     assert len(dataset) == 3 and dataset.lengths == [len(sample["input_ids"]) for sample in dataset]
 
@@ -301,3 +301,18 @@ def test_a_data_set_of_ones_own_only_needs_loaders():
     data.prepare_data()
     data.setup()
     assert data.train_dataloader()[0].shape == (1, 7) and data.val_dataloader() == [] and data.train_dataset is None
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**30])
+def test_a_seed_of_more_than_64_bits_is_one_sentence(seed: int):
+    with pytest.raises(UserError, match="at most 64 bits"):
+        split([1, 2, 3], 0.5, seed)
+    for fitting in (0, -1, 2**64 - 1, -(2**63)):
+        assert sorted(sum(split([1, 2, 3], 0.5, fitting), [])) == [1, 2, 3]
+
+
+def test_the_highest_id_counts_added_tokens_and_gaps(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    assert highest_id(tokenizer) == 257  # a byte each, <s> and </s>
+    text = tokenizer.text
+    monkeypatch.setattr(tokenizer, "text", lambda i: "<far>" if i in (258, 900, 1800) else text(i))
+    assert highest_id(tokenizer) == 1800

@@ -1,5 +1,7 @@
 """What tests need to know of Llama."""
 
+TIED = ["Llama-3.2-{1B,3B}{,-Instruct}", "SmolLM2-{135M,360M,1.7B}{,-Instruct}"]
+
 VARIANTS = {
     "linear": dict(rope_adjustments=dict(factor=4.0)),
     "llama3": dict(rope_adjustments=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16), rope_base=500.0),

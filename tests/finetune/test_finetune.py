@@ -1,10 +1,14 @@
 import csv
+import errno
 import fcntl
 import json
 import math
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +16,24 @@ import pytest
 import torch
 import yaml
 from finetune.run_and_kill import at_call, run_and_kill, run_on_ranks
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from peft import PeftModel
 from safetensors.torch import load_file
 from speaking import make_checkpoint
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from litgpt import cli
 from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs
 from litgpt.checkpoint import load_model
+from litgpt.config import Config
 from litgpt.data import JSON, TextFiles
 from litgpt.errors import MissingFile, UserError
 from litgpt.finetune import full, loop, lora
 from litgpt.metrics import Meter
+from litgpt.run import check_ids, fingerprint
 
 METHODS = {"lora": lora, "full": full}
 TRAIN = dict(global_batch_size=4, micro_batch_size=2, epochs=2)
@@ -160,12 +169,19 @@ def test_how_a_batch_is_cut_up_changes_nothing(run):
         torch.testing.assert_close(logits_of(runs[1] / "final"), logits_of(runs[size] / "final"), rtol=0, atol=1e-3)
 
 
-def test_two_ranks_learn_the_same_as_one(run, base: Path, samples: Path, tmp_path: Path):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fits", [True, False])
+def test_two_ranks_learn_the_same_as_one_whether_each_can_hold_all_or_not(
+    run, base: Path, samples: Path, tmp_path: Path, method: str, fits: bool
+):
     train, eval = dict(epochs=1, save_interval=3), dict(interval=2, max_new_tokens=3)
-    alone = run(out_dir="alone", train=train, eval=eval, lora_dropout=0.0)
+    more = dict(lora_dropout=0.0) if method == "lora" else {}
+    alone = run(method, out_dir="alone", train=train, eval=eval, lr=1e-3, **more)
     both = tmp_path / "both"
-    options = arguments(samples, both, train, eval, 1e-2) | dict(lora_dropout=0.0)
-    assert run_on_ranks("litgpt.finetune.lora", 2, base, **options) == [0, 0]
+    options = arguments(samples, both, train, eval, 1e-3) | more
+    assert run_on_ranks(METHODS[method].__name__, 2, base, fits=fits, **options) == [0, 0]
+    first, second = (load_file(file).keys() for file in sorted((both / "step-000003" / "run_state").glob("*.safetensors")))
+    assert bool(first & second) is not fits, "what is in both files is shared out"
     for column in ("loss", "grad_norm", "val_loss", "total_tokens"):
         one, two = (logged(folder, column) for folder in (alone, both))
         assert one.keys() == two.keys() and list(two.values()) == pytest.approx(list(one.values()), rel=1e-4), column
@@ -336,11 +352,46 @@ def test_defaults_suit_the_method():
         (dict(precision="bf16-ture"), "bf16-true"),
         (dict(checkpoint_dir="no/such/model"), "no/such/model"),
         (dict(lr=0.0), "lr"),
+        (dict(lr=math.nan), "lr"),
+        (dict(train=dict(max_time=math.inf)), "max_time"),
+        (dict(optimizer=OptimizerArgs("LBFGS")), "several times in a step"),
+        (dict(optimizer=OptimizerArgs("..AdamW")), "or an import path"),
     ],
 )
 def test_options_that_cannot_be_followed_are_refused(run, options: dict, message: str):
     with pytest.raises(UserError, match=message):
         run(**options)
+
+
+def with_more_tokens(folder: Path, *tokens: str) -> Path:
+    """Let the tokenizer know more tokens than the model."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_tokens_that_the_model_does_not_know_are_refused_before_training(run, tmp_path: Path, part: str):
+    larger = with_more_tokens(make_checkpoint(tmp_path / "larger"), "<more>")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "val"):
+        record = {"instruction": "Say", "output": "yes <more>" if name == part else "yes"}
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps([record] * 4))
+    with pytest.raises(UserError, match="hold the token id 300, but the model knows 300 tokens"):
+        run(checkpoint_dir=larger, data=JSON(tmp_path / "data"))
+    assert not (tmp_path / "out" / "logs").exists()
+    (tmp_path / "data" / f"{part}.json").write_text(json.dumps([{"instruction": "Say", "output": "yes"}] * 4))
+    run(checkpoint_dir=larger, data=JSON(tmp_path / "data"), train=dict(max_steps=1))  # what is never used does no harm
+
+
+def test_tokens_of_a_data_set_of_ones_own_are_looked_at_too(base: Path):
+    ids = torch.tensor([1, 2, 300])
+    with pytest.raises(UserError, match="token id 300"):
+        check_ids(Config.from_checkpoint(base), [{"input_ids": ids, "labels": ids}] * 3, [])
+    with pytest.raises(UserError, match="token id 300"):
+        check_ids(Config.from_checkpoint(base), [ids[:2]], [ids])
+    check_ids(Config.from_checkpoint(base), [ids[:2]], [])
 
 
 def test_texts_are_refused(run, tmp_path: Path):
@@ -358,8 +409,26 @@ def test_a_run_is_resumed_with_its_own_settings_only(run, base: Path, samples: P
         dict(optimizer=OptimizerArgs(name="RMSprop")),
         dict(data=JSON(samples, val_split_fraction=0.2, seed=7)),
     ):
-        with pytest.raises(UserError, match="Resume with the data and flags of that run"):
+        with pytest.raises(UserError, match="Resume with the model, data and flags of that run"):
             run(train=dict(max_steps=3, save_interval=1), resume=True, **other)
+
+
+def test_a_run_is_resumed_with_its_own_base_only_wherever_that_lies(run, base: Path, tmp_path: Path):
+    train = dict(max_steps=2, save_interval=1)
+    run(train=train)
+    with pytest.raises(UserError, match="fingerprint of the base model '[0-9a-f]+', not '[0-9a-f]+'"):
+        run(train=dict(max_steps=3), resume=True, checkpoint_dir=make_checkpoint(tmp_path / "other", seed=1))
+    shutil.copytree(base, tmp_path / "moved")
+    run(train=dict(max_steps=3), resume=True, checkpoint_dir=tmp_path / "moved")
+
+
+@pytest.mark.parametrize("changed", ["transformer.wte.weight", "transformer.h.1.mlp.proj.weight", "transformer.ln_f.weight"])
+def test_a_fingerprint_tells_models_apart(base: Path, changed: str):
+    one, two = load_model(base), load_model(base)
+    assert fingerprint(one) == fingerprint(two)
+    with torch.no_grad():
+        two.get_parameter(changed).mul_(1.01)
+    assert fingerprint(one) != fingerprint(two) != fingerprint(one.bfloat16())
 
 
 def test_the_stored_options_repeat_a_run_and_neither_resume_nor_delete_one(run, tmp_path: Path):
@@ -372,7 +441,7 @@ def test_the_stored_options_repeat_a_run_and_neither_resume_nor_delete_one(run, 
 def test_no_training_is_lost_if_the_result_cannot_be_written(run, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "final.tmp").write_text("in the way")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match="in the way"):
         run(train=dict(max_steps=2))
     assert "--resume true" in capsys.readouterr().out
     (tmp_path / "out" / "final.tmp").unlink()
@@ -387,6 +456,67 @@ def test_a_folder_that_cannot_be_written_into_and_an_adapter_are_refused(run, tm
     adapter = run(train=dict(max_steps=1)) / "final" / "adapter"
     with pytest.raises(UserError, match="litgpt merge_lora"):
         run(out_dir="again", checkpoint_dir=adapter)
+
+
+def test_a_folder_of_a_disk_that_is_only_read_is_refused(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as the system says there, to root too
+    with pytest.raises(UserError, match="writing is not allowed in .*out. Choose another"):
+        run()
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("logger_name", ["csv", "tensorboard"])
+def test_a_disk_that_fills_with_logs_is_one_sentence_and_what_was_saved_can_go_on(
+    run, base: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, logger_name: str
+):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    reference, out_dir = run(out_dir="reference"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        if logger_name == "csv":
+            save = at_call(8, _ExperimentWriter.save, full)
+            patch.setattr(_ExperimentWriter, "save", lambda writer: save(writer))
+        else:
+            write = at_call(50, RecordWriter.write, full)  # in a thread of its own; each value is a record
+            patch.setattr(RecordWriter, "write", lambda writer, data: write(writer, data))
+        options = arguments(samples, out_dir, dict(save_interval=2), {}, 1e-2)
+        with pytest.raises(UserError, match="logs could not be written: the disk is full.*go on from .*step-0.*--resume true"):
+            lora.setup(base, logger_name=logger_name, **options)
+    assert "Traceback" not in capfd.readouterr().err
+    run(train=dict(save_interval=2), resume=True)
+    for name, weight in weights(reference / "final").items():
+        assert torch.equal(weight, weights(out_dir / "final")[name]), name
+
+
+def test_an_error_of_ours_while_logging_is_not_called_the_disks(run, monkeypatch: pytest.MonkeyPatch):
+    def wrong(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(_ExperimentWriter, "save", wrong)
+    with pytest.raises(ValueError, match="^ours$"):
+        run()
+
+
+def test_an_output_that_nobody_reads_does_not_stop_a_run(base: Path, samples: Path, tmp_path: Path):
+    out_dir, reads_and_writes = tmp_path / "out", os.pipe()
+    command = f"finetune {base} --data JSON --data.json_path {samples} --data.val_split_fraction 0.1 --precision 32-true --train.epochs 1"
+    os.close(reads_and_writes[0])
+    words = [sys.executable, "-m", "litgpt", *command.split(), "--out_dir", str(out_dir)]
+    done = subprocess.run(words, stdout=reads_and_writes[1], stderr=subprocess.PIPE, text=True)
+    os.close(reads_and_writes[1])
+    assert done.returncode == 0, done.stderr
+    assert "Nothing more is shown" in done.stderr and "Traceback" not in done.stderr
+    assert (out_dir / "final" / "model.safetensors").is_file()
+
+
+def test_a_signal_is_answered_at_once(run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    monkeypatch.setattr(loop, "forward_backward", at_call(2, loop.forward_backward, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(SystemExit):
+        run()
+    out, err = capfd.readouterr()
+    assert err.count("Stopping after this step ...") == 1 and "Stopped after step" in out
 
 
 def test_another_runs_step_does_not_replace_a_run(run, tmp_path: Path):

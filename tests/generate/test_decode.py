@@ -4,6 +4,7 @@ import pytest
 import torch
 from speaking import make_checkpoint
 from transformers import AutoModelForCausalLM
+from vocabularies import KINDS, write
 
 from litgpt.checkpoint import load_model
 from litgpt.config import Config
@@ -351,11 +352,41 @@ def tokenizer(tmp_path_factory):
 TEXT = "Once upon 你好 a time 🙂🙃 Grüße llama"
 
 
+def test_a_window_needs_no_more_memory_than_it_looks_at(monkeypatch):
+    monkeypatch.setattr(decoding, "device_memory_gb", lambda device: 0.01)
+    fields = dict(sliding_window_size=8, sliding_window_indices=[1, 1])
+    assert decoding.new_cache(tiny_model(**fields), 1, 2**20).length == 2**20
+    with pytest.raises(UserError, match="1,048,576 tokens"):
+        decoding.new_cache(tiny_model(), 1, 2**20)
+    with pytest.raises(UserError, match="1,048,576 tokens"):
+        decoding.new_cache(tiny_model(**fields), 2**11, 2**9)
+
+
+def test_a_full_device_is_said_in_one_sentence(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT, "new_cache", full)
+    with pytest.raises(UserError, match="no memory left to remember 32 tokens. Lower `max_new_tokens`"):
+        decoding.new_cache(tiny_model(), 2, 16)
+
+
 def test_streamed_text_is_the_decoded_text_and_never_holds_half_a_character(tokenizer):
     pieces = list(stream_text(tokenizer, ([i] for i in tokenizer.ids(TEXT))))
     assert "".join(pieces) == TEXT
     assert len(pieces) > 8
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_behind_other_tokens_is_what_they_lack_of_the_whole(tmp_path, kind):
+    tokenizer = Tokenizer(write(tmp_path, kind))
+    ids = tokenizer.ids("Llamas eat grass, 日本 😀 and  hay!")
+    starts = [n for n in range(len(ids)) if "\ufffd" not in tokenizer.decode(ids[:n])]
+    assert len(starts) > 8
+    for n in starts:
+        new = "".join(stream_text(tokenizer, ([i] for i in ids[n:]), behind=ids[:n]))
+        assert tokenizer.decode(ids[:n]) + new == tokenizer.decode(ids), n
 
 
 @pytest.mark.parametrize("stop", ["time", "你好", "🙃", "e l", "O", "llama", "no such text"])

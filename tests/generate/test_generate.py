@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from speaking import make_checkpoint
@@ -5,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.cli import main as cli
 from litgpt.errors import UserError
-from litgpt.generate import base
+from litgpt.generate import base, decode
 from litgpt.generate.run import load
 
 PROMPT = "What food do llamas eat?"
@@ -25,14 +29,28 @@ def run(folder, *flags):
     assert cli(["generate", str(folder), "--precision", "32-true", *flags]) == 0
 
 
-def test_the_command_prints_prompt_and_greedy_answer_of_transformers(folder, capsys):
+def transformers_answer(folder, messages, n):
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=False)
-    expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    run(folder, "--prompt", "Hello", "--temperature", "0", "--max_new_tokens", "30")
+    if isinstance(messages, str):
+        ids = tokenizer(messages).input_ids
+    else:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    made = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=n, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    return tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("prompt", ["Hello", " Two\nlines <|im_start|> 你好\n"])
+def test_the_command_prints_the_prompt_as_given_and_in_a_new_line_the_greedy_answer_of_transformers(folder, capsys, prompt):
+    run(folder, "--prompt", prompt, "--temperature", "0", "--max_new_tokens", "30")
     out, err = capsys.readouterr()
-    assert out == tokenizer.decode(expected[0], skip_special_tokens=True, clean_up_tokenization_spaces=False) + "\n"
+    assert out == f"{prompt}\n{transformers_answer(folder, [{'role': 'user', 'content': prompt}], 30)}\n"
     assert "tokens/sec" in err
+
+
+def test_the_answer_of_a_base_model_goes_on_in_the_prompts_line(tmp_path, capsys):
+    folder = make_checkpoint(tmp_path / "base", template=None)
+    run(folder, "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "30")
+    assert capsys.readouterr().out == f"{PROMPT}{transformers_answer(folder, PROMPT, 30)}\n"
 
 
 def test_samples_differ_and_are_the_same_in_the_next_run(folder, capsys):
@@ -49,8 +67,9 @@ def test_samples_differ_and_are_the_same_in_the_next_run(folder, capsys):
 
 
 def test_the_system_prompt_is_part_of_the_prompt(folder, capsys):
-    run(folder, "--sys_prompt", "Speak like a pirate.", "--max_new_tokens", "1")
-    assert "Speak like a pirate." in capsys.readouterr().out
+    run(folder, "--sys_prompt", "Speak like a pirate.", "--max_new_tokens", "12", "--temperature", "0")
+    messages = [{"role": "system", "content": "Speak like a pirate."}, {"role": "user", "content": PROMPT}]
+    assert capsys.readouterr().out == f"{PROMPT}\n{transformers_answer(folder, messages, 12)}\n"
 
 
 def test_an_answer_that_the_context_cuts_is_announced(folder, capsys):
@@ -77,6 +96,40 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, flags, said):
     assert out == ""
     assert said in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_a_memory_that_cannot_fit_is_refused_in_one_sentence_before_it_is_made(tmp_path, capsys, monkeypatch):
+    folder = make_checkpoint(tmp_path / "vast", context=2**30)
+    monkeypatch.setattr(decode, "device_memory_gb", lambda device: 8.0)
+    assert cli(["generate", str(folder), "--precision", "32-true", "--max_new_tokens", "1_000_000_000"]) == 2
+    out, err = capsys.readouterr()
+    n_prompt = len(load(folder, precision="32-true").encode(PROMPT))
+    n_bytes = (1_000_000_000 + n_prompt) * 2 * 2 * 2 * 8 * 4  # layers, keys and values, groups, features, bytes
+    assert out == ""
+    assert f"remember {1_000_000_000 + n_prompt:,} tokens takes {n_bytes / 1e9:,.1f} GB, but" in err.splitlines()[-1]
+    assert "has 8.0 GB" in err and "Lower `max_new_tokens`" in err
+    run(folder, "--max_new_tokens", "3")
+
+
+# Streams
+
+
+def test_a_reader_that_stops_early_ends_the_program_quietly(folder):
+    words = ["generate", str(folder), "--prompt", "one\ntwo", "--num_samples", "50", "--max_new_tokens", "200"]
+    process = subprocess.Popen([sys.executable, "-m", "litgpt", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"one\n"
+    process.stdout.close()
+    notes = process.stderr.read().decode().splitlines()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert all(line.startswith(("Loaded ", "Time for inference ")) for line in notes) and len(notes) < 50
+
+
+def test_closed_streams_are_no_error(folder):
+    words = f"{sys.executable} -m litgpt generate {folder} --max_new_tokens 4"
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(["sh", "-c", f"{words} <&- >&-"], capture_output=True, text=True, env=ascii_only)
+    assert (done.returncode, done.stdout) == (0, "") and "tokens/sec" in done.stderr and "Traceback" not in done.stderr
 
 
 # LitGPT's functions

@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 from oracle import pair
-from tiny import tiny_config
+from tiny import facts, tiny_config
 from transformers import AutoModelForCausalLM
 
 from litgpt import cli
@@ -14,7 +14,6 @@ from litgpt.families import FAMILIES
 from litgpt.lora import LoRA, LoRALinear, add_lora, merge_lora_weights
 from litgpt.model import GPT
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 def checkpoint(path, family="llama", **changes):
@@ -29,11 +28,11 @@ def checkpoint(path, family="llama", **changes):
     return ours, theirs
 
 
-@EVERY_FAMILY
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if facts(name).IN_LITGPT])
 @torch.no_grad()
-def test_a_checkpoint_goes_to_litgpts_layout_and_back_with_equal_weights(family, tmp_path):
-    source, lit, back = tmp_path / "source", tmp_path / "lit", tmp_path / "back"
-    _, theirs = checkpoint(source, family)
+def test_a_checkpoint_goes_to_litgpts_layout_and_back_with_equal_weights(model_type, tmp_path):
+    source, lit, back = tmp_path / tiny_config(model_type).name, tmp_path / "lit", tmp_path / "back"  # LitGPT looks at the name
+    _, theirs = checkpoint(source, model_type)
     assert cli.main(["convert_to_litgpt", str(source)]) == 0
     lit.mkdir()
     for name in ("lit_model.pth", "model_config.yaml", "tokenizer.json", "tokenizer_config.json"):
@@ -166,13 +165,15 @@ def test_merging_leaves_the_folders_beside_it_alone_and_takes_the_one_it_stands_
     model, options = tuned(model)
     (tmp_path / "run.merged").mkdir()
     (tmp_path / "run.merged" / "precious").touch()
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "merged").mkdir(parents=True)
+    (tmp_path / "run" / "merged" / "precious").touch()
     torch.save({n: t for n, t in model.state_dict().items() if "lora_" in n}, tmp_path / "run" / "lit_model.pth.lora")
     (tmp_path / "run" / "hyperparameters.yaml").write_text(yaml.safe_dump(dict(checkpoint_dir=str(tmp_path / "base"), **options)))
     monkeypatch.chdir(tmp_path / "run")
     assert cli.main(["merge_lora", "."]) == 0
-    assert (tmp_path / "run" / "model.safetensors").is_file() and not (tmp_path / "run" / "merged").exists()
-    assert (tmp_path / "run.merged" / "precious").exists()
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert (tmp_path / "run.merged" / "precious").exists() and (tmp_path / "run" / "merged" / "precious").exists()
+    assert [path.name for path in (tmp_path / "run").glob("*merged*")] == ["merged"]
 
 
 def test_a_disk_that_is_full_leaves_no_half_of_litgpts_weights(tmp_path, capsys):

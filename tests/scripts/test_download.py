@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 
 from litgpt import checkpoint, hub
 from litgpt.checkpoint import load_model
-from litgpt.config import known_names
+from litgpt.config import Config, known_names
 from litgpt.errors import MissingFile, UserError
+from litgpt.families import FAMILIES
 from litgpt.scripts import pypi
 from litgpt.scripts.cast import cast_weights
 from litgpt.scripts.download import check_files, download_from_hub, find_checkpoint
@@ -76,6 +78,15 @@ def test_the_list_is_a_header_and_all_names_in_alphabetic_order(capsys):
     header, *listed = capsys.readouterr().out.splitlines()
     assert header.startswith("Models known by name")
     assert listed == sorted(known_names(), key=str.lower) and "HuggingFaceTB/SmolLM2-135M-Instruct" in listed
+
+
+def test_on_a_terminal_the_list_is_grouped_by_family(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    download_from_hub("list")
+    _, *groups = re.split(r"\n(?=\w)", capsys.readouterr().out.rstrip())
+    kinds = {kind: [line.strip() for line in lines if line] for kind, *lines in (group.split("\n") for group in groups)}
+    assert list(kinds) == sorted(FAMILIES.keys() & kinds) and {*known_names()} == {name for ids in kinds.values() for name in ids}
+    assert all(Config.from_name(name).family == kind for kind, ids in kinds.items() for name in ids)
 
 
 def test_the_list_is_shown_without_loading_torch():
@@ -175,6 +186,19 @@ def test_what_cannot_be_read_is_refused_before_weights_are_downloaded(server, tm
         download_from_hub(TINY)
     assert not server.downloads("model.safetensors") and not left()
     download_from_hub(TINY, tokenizer_only=True)
+
+
+def test_a_folder_of_the_users_survives_a_download_that_fails(server, tmp_path):
+    for file in (tmp_path / "hub" / TINY).glob("*.*"):
+        file.unlink()
+    mine = Path("checkpoints", f"{TINY}.tmp")
+    for exists in (False, True):
+        if exists:
+            mine.mkdir(parents=True)
+            (mine / "precious").touch()
+        with pytest.raises(UserError, match="lacks a tokenizer" if not exists else "is in the way"):
+            download_from_hub(TINY, tokenizer_only=True)
+    assert (mine / "precious").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,16 @@ import pytest
 import sentencepiece
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import CORPUS, byte_level_tokenizer, gguf_name, tiny_llama, write_gguf
+from gguf_files import CORPUS, byte_level_tokenizer, gguf_name, tiny_checkpoint, tiny_llama, write_gguf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.checkpoint import load_model
 from litgpt.errors import MissingFile, UserError
-from litgpt.scripts.gguf import PRE_TOKENIZERS, import_gguf
+from litgpt.scripts.export_gguf import export_gguf
+from litgpt.scripts.gguf import import_gguf
+from litgpt.scripts.gguf_tokenizer import PRE_TOKENIZERS
 from litgpt.scripts.pypi import fetch_data_files
 
 TEXTS = [
@@ -93,6 +95,17 @@ def test_weights_are_written_in_the_type_asked_for(tmp_path, tiny, dtype):
 def test_an_unknown_type_is_refused(tmp_path, tiny):
     with pytest.raises(UserError, match="Did you mean 'float16'"):
         import_gguf(tiny, tmp_path / "out", "flaot16")
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen2, tied"])
+def test_files_of_other_architectures_compute_what_transformers_makes_of_them(tmp_path, case):
+    tiny_checkpoint(tmp_path / "original", case)
+    export_gguf(tmp_path / "original", tmp_path / "tiny.gguf", "f16")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    ours = load_model(import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", "float32"))
+    ids = torch.randint(500, (2, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=2e-5)
 
 
 # Positions

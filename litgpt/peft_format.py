@@ -1,0 +1,334 @@
+"""LoRA updates in PEFT's format: made from our layers, and added to a model's weights.
+
+PEFT wraps linear layers, whose factors it calls `<layer>.lora_A.weight` (r, in) and `lora_B.weight` (out, r), and single parameters
+(`target_parameters`). Of stacked experts A is (E r, in), expert by expert, and B is (out, r E), whose columns are r groups of E. Wrapped
+parameters of one module nest, the first one innermost: its factors are called `<module>.base_layer.lora_A.weight`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt.config import Config
+from litgpt.errors import UserError
+from litgpt.lora import LoRA, LoRAExperts, LoRALinear, updated
+from litgpt.translate import CONVERSIONS, find_rule, names_of, prefixes_of, usual_name
+from litgpt.weights import Rule
+
+STACKS = ("gate_up", "down")  # the experts' matrices, in the order in which they nest
+LAID_OUT_AS_HERE = ("same", "alias")  # other kinds of rules for experts swap in and out
+
+
+class Factors(NamedTuple):
+    """A low-rank update of a weight, or of each weight in a stack: scale * B A."""
+
+    A: Tensor  # (r, in) or (E, r, in)
+    B: Tensor  # (out, r) or (E, out, r)
+    scale: float
+
+
+@dataclass
+class Updates:
+    """The updates that an adapter holds."""
+
+    layers: dict[str, Factors]
+    """Of linear layers, by the usual names of their weights on Hugging Face's side, whose rows they have."""
+    stacks: dict[str, Factors]
+    """Of experts, by our names."""
+
+
+# Writing
+
+
+def adapter_to_peft(model: nn.Module, lora: LoRA) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return PEFT's tensors and `adapter_config.json` for the updates in a model.
+
+    Every rule moves whole rows, so it moves those of B as it moves those of W. Where Hugging Face fuses what we keep apart, or keeps
+    blocks of q, k and v in one layer, n updates of rank r become one of rank n r whose B has a block for each.
+
+    Args:
+        model: With LoRA layers.
+        lora: The settings they were made with.
+
+    Raises:
+        UserError: No family of checkpoints can express the model.
+    """
+    config, modules = model.config, dict(model.named_modules())
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for rule, numbers, parts in _layers_by_rule(modules, config):
+        for template, A, B in _fused(rule, parts, config):
+            path = _in_memory(template, config)
+            module = path.format(*numbers)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = A.detach()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = B.detach()
+            ranks[f"{path}.weight"] = A.size(0)
+    for name, layer in modules.items():
+        if isinstance(layer, LoRAExperts):
+            pairs = ((layer.lora_up_A, layer.lora_up_B), (layer.lora_down_A, layer.lora_down_B))
+            for depth, (leaf, (A, B)) in enumerate(zip(reversed(STACKS), reversed(pairs), strict=True)):
+                rule, numbers = _stack_rule(f"{name}.{leaf}", config)
+                module = rule.theirs[0].format(*numbers).rpartition(".")[0] + ".base_layer" * depth
+                tensors[f"base_model.model.{module}.lora_A.weight"] = A.detach().flatten(0, 1)
+                tensors[f"base_model.model.{module}.lora_B.weight"] = _turned(B.detach(), rule, config, 1).permute(1, 2, 0).flatten(1)
+                ranks[rule.theirs[0]] = layer.r
+    return tensors, _peft_config(ranks, config, lora)
+
+
+def _layers_by_rule(modules: Mapping[str, nn.Module], config: Config) -> Iterator[tuple[Rule, tuple[str, ...], list[nn.Module]]]:
+    """Yield each rule that moves updated layers, the numbers in the names it was applied to, and all layers that it moves."""
+    names = names_of(config.rules, to_ours=False)
+    done = set()
+    for name, layer in modules.items():
+        if not isinstance(layer, LoRALinear):
+            continue
+        hit = find_rule(f"{name}.weight", names)
+        if hit is None:
+            raise UserError(
+                f"No rule of the family {config.family!r} names the layer {name!r}, so its update has no place in PEFT's format."
+            )
+        rule, _, numbers, _ = hit
+        if (rule, numbers) not in done:
+            done.add((rule, numbers))
+            yield rule, numbers, [modules[_layer_of(ours).format(*numbers)] for ours in rule.ours]
+
+
+def _fused(rule: Rule, parts: list[nn.Module], config: Config) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield for each of their layers that has an update the name of its weight, A and B."""
+    A = torch.cat([layer.lora_A for layer in parts if isinstance(layer, LoRALinear)])  # (R, in)
+    blocks, used, start = [], [], 0
+    for layer in parts:
+        if isinstance(layer, LoRALinear):
+            pad = (start, A.size(0) - start - layer.lora_A.size(0))
+            blocks.append(F.pad(layer.spread(), pad))  # (out, R)
+            used.append(F.pad(_filled(layer), pad))
+            start += layer.lora_A.size(0)
+        else:
+            blocks.append(A.new_zeros(layer.out_features, A.size(0)))
+            used.append(blocks[-1].bool())
+    untied = replace(config, tie_embeddings=False)  # the update of a tied head is no part of the embedding's
+    kind = "same" if rule.kind == "transposed" else rule.kind  # PEFT itself transposes the product of the factors
+    moved, moved_used = (CONVERSIONS[kind][1](rule, untied, tuple(rows), list(rule.ours)) for rows in (blocks, used))
+    for template, B, where in zip(rule.theirs, moved, moved_used, strict=True):
+        columns = where.any(0)
+        if columns.any():
+            yield template, A[columns], B[:, columns]
+
+
+def _filled(layer: LoRALinear) -> Tensor:
+    """Return where the spread factor B may differ from zero, (out, n r)."""
+    like = copy(layer)
+    like._parameters = dict(layer._parameters, lora_B=nn.Parameter(torch.ones_like(layer.lora_B)))
+    return like.spread() != 0
+
+
+def _peft_config(ranks: dict[str, int], config: Config, lora: LoRA) -> dict[str, Any]:
+    """Return `adapter_config.json` for updates of these ranks, by the templates of the weights' names.
+
+    PEFT takes the names of a MLP's layers for those of experts if a model has experts, so there all of them are given as parameters.
+    """
+    all_layers = {_in_memory(name, config) for rule in config.rules for name in rule.theirs if name.endswith((".*", ".weight"))}
+    taken = {name.rsplit(".", 1)[-1] for name in all_layers - {name.removesuffix(".weight") for name in ranks}}
+
+    def is_parameter(name: str) -> bool:
+        return not name.endswith(".weight") or (config.n_expert > 0 and ".mlp." in name)
+
+    def key(name: str) -> str:
+        """Return the shortest end of a path that names it and no other module."""
+        path = name.rsplit("{}.", 1)[-1]
+        if is_parameter(name):
+            return path
+        leaf = path.removesuffix(".weight").rsplit(".", 1)[-1]
+        return path.removesuffix(".weight") if leaf in taken else leaf
+
+    unusual = {key(name): rank for name, rank in ranks.items() if rank != lora.r}
+    parameters = sorted({key(name) for name in ranks if is_parameter(name)})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted({key(name) for name in ranks if not is_parameter(name)}),
+        **({"target_parameters": parameters} if parameters else {}),
+        "rank_pattern": unusual,
+        "alpha_pattern": {name: lora.alpha * rank / lora.r for name, rank in unusual.items()},
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": any(rule.kind == "transposed" and rule.theirs[0].endswith((".*", ".weight")) for rule in config.rules),
+        "inference_mode": True,
+    }
+
+
+def _in_memory(template: str, config: Config) -> str:
+    """Return the layer of a weight's name, as transformers calls it in memory where that is not its name in files."""
+    path = _layer_of(template) + "."
+    return {rule.ours[0]: rule.theirs[0] for rule in config.rules if rule.kind == "prefixed"}.get(path, path)[:-1]
+
+
+def _layer_of(template: str) -> str:
+    return template.removesuffix(".*").removesuffix(".weight")
+
+
+# Experts
+
+
+def _stack_rule(ours: str, config: Config) -> tuple[Rule, tuple[str, ...]]:
+    """Return the rule for experts' matrices as transformers has them in memory, by our name, and the numbers in the name."""
+    hit = find_rule(ours, {rule.ours[0]: (rule, 0) for rule in config.rules if rule.ours and not rule.count})
+    if hit is None:
+        raise UserError(f"No rule of the family {config.family!r} says how transformers calls {ours!r}, so its update cannot be written.")
+    return hit[0], hit[2]
+
+
+def _turned(B: Tensor, rule: Rule, config: Config, way: int) -> Tensor:
+    """Return experts' B (E, out, r) with its rows in their order (`way` 1), or from their order in ours (0)."""
+    if rule.kind in LAID_OUT_AS_HERE:
+        return B
+    if way:
+        return CONVERSIONS[rule.kind][1](rule, config, (B,), list(rule.ours))[0].transpose(1, 2)
+    return CONVERSIONS[rule.kind][0](rule, config, (B.transpose(1, 2),), list(rule.theirs))[0]
+
+
+def _targeted_stack(module: str, targets: list[str], config: Config) -> tuple[Rule, str, str] | None:
+    """Return the rule, their name and ours of the experts' matrices that a module of an adapter updates, if it updates any."""
+    inner = module.removesuffix(".base_layer")
+    depth = 0
+    while inner != module:
+        module, inner, depth = inner, inner.removesuffix(".base_layer"), depth + 1
+    names = {rule.theirs[0]: (rule, 0) for rule in config.rules if rule.theirs and rule.ours and not rule.count}
+    found = []
+    for name in names:
+        hit = find_rule(f"{module}.{name.rpartition('.')[2]}", {name: names[name]})
+        if hit is not None and (leaf := hit[0].ours[0].rpartition(".")[2]) in STACKS:
+            found.append((STACKS.index(leaf), hit))
+    wrapped = []
+    for _, (rule, _, numbers, _) in sorted(found, key=lambda pair: pair[0]):
+        theirs = rule.theirs[0].format(*numbers)
+        if any(theirs == target or theirs.endswith(f".{target}") for target in targets):
+            wrapped.append((rule, theirs, rule.ours[0].format(*numbers)))
+    return wrapped[len(wrapped) - 1 - depth] if depth < len(wrapped) else None
+
+
+# Reading
+
+
+def peft_updates(tensors: Mapping[str, Tensor], settings: dict[str, Any], config: Config) -> Updates:
+    """Return the updates in a PEFT adapter.
+
+    Args:
+        tensors: What `adapter_model.safetensors` holds.
+        settings: What `adapter_config.json` holds.
+        config: The architecture of its base.
+    """
+    targets = settings.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise UserError(f"`target_parameters` in the PEFT adapter's settings is a list of names, but got {targets!r:.40}.")
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.*)\.lora_(A|B)(?:\.default)?\.weight", name)
+        if match is None and name.endswith((".base_layer.weight", ".base_layer.bias")):
+            continue  # a copy of the base's head, which PEFT saves beside an update of it
+        if match is None:
+            raise UserError(f"The PEFT adapter holds {name!r}, which is no factor of a linear layer's LoRA update.")
+        found.setdefault(match[1], {})[match[2]] = tensor
+    updates = Updates({}, {})
+    for module, factors in found.items():
+        if len(factors) < 2:
+            raise UserError(f"The PEFT adapter holds only one of the two factors of {module!r}.")
+        A, B = factors["A"], factors["B"]
+        if A.ndim != 2 or B.ndim != 2 or not A.size(0) or A.size(0) != B.size(1) or not (A.is_floating_point() and B.is_floating_point()):
+            shapes = f"{A.dtype} {tuple(A.shape)} and {B.dtype} {tuple(B.shape)}"
+            raise UserError(f"The factors of {module!r} in the PEFT adapter are {shapes}, which is no LoRA update. Save the adapter again.")
+        if (stack := _targeted_stack(module, targets, config)) is not None:
+            rule, theirs, ours = stack
+            updates.stacks[ours] = _stack_factors(A, B, theirs, rule, settings, config)
+        else:
+            name, transposed = _stored_name(f"{module}.weight", config)
+            is_parameter = any(f"{module}.weight".endswith(f".{target}") for target in targets)
+            scale = _scale(settings, f"{module}.weight" if is_parameter else module, A.size(0))
+            updates.layers[name] = Factors(B.T, A.T, scale) if transposed else Factors(A, B, scale)
+    return updates
+
+
+def _stack_factors(A: Tensor, B: Tensor, theirs: str, rule: Rule, settings: dict[str, Any], config: Config) -> Factors:
+    if A.size(0) % config.n_expert:
+        raise UserError(f"The factors of {theirs!r} in the PEFT adapter are not of {config.n_expert} experts, but {tuple(A.shape)}.")
+    rank = A.size(0) // config.n_expert
+    by_expert = B.unflatten(1, (rank, config.n_expert)).permute(2, 0, 1)  # (E, out, r)
+    return Factors(A.unflatten(0, (config.n_expert, rank)), _turned(by_expert, rule, config, 0), _scale(settings, theirs, rank))
+
+
+def _stored_name(name: str, config: Config) -> tuple[str, bool]:
+    """Return the usual name in files of a weight that transformers may call otherwise in memory, and whether it is stored transposed."""
+    names = names_of(config.rules, to_ours=True)
+    name = usual_name(name, names, prefixes_of(config.rules))
+    hit = find_rule(name, names)
+    if hit is None:
+        return name, False
+    rule, _, numbers, leaf = hit
+    usual = names_of(config.rules, to_ours=False).get(rule.ours[0]) if rule.kind == "alias" else None
+    if usual is not None and not usual[0].count:
+        return usual[0].theirs[0].removesuffix("*").format(*numbers) + (leaf if usual[0].theirs[0].endswith("*") else ""), False
+    return name, rule.kind == "transposed"
+
+
+def _scale(settings: dict[str, Any], name: str, rank: int) -> float:
+    """Return what an adapter's settings say of the scale of a module or parameter."""
+    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"`alpha_pattern` in the PEFT adapter's settings maps modules to numbers, but is {patterns!r:.40}.")
+    for key, value in patterns.items():
+        try:
+            alpha, found = (value, True) if re.fullmatch(rf"(.*\.)?{key}", name) else (alpha, False)
+        except re.error:
+            raise UserError(f"`alpha_pattern` in the PEFT adapter's settings has the pattern {key!r:.40}, which is none.") from None
+        if found:
+            break
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise UserError(f"The PEFT adapter's settings give {name!r} the `lora_alpha` {alpha!r:.40}, which is no number.")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def add_updates(stream: Iterable[tuple[str, Tensor]], updates: Mapping[str, Factors]) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights with the updates of the same names added to them, in the weights' own dtype."""
+    waiting = dict(updates)
+    for name, weight in stream:
+        if name in waiting:
+            A, B, scale = waiting.pop(name)
+            if weight.shape != (shape := (*B.shape[:-1], A.size(-1))):
+                shapes = f"{shape}, but in the base model its shape is {tuple(weight.shape)}"
+                raise UserError(f"The adapter updates {name!r} as if its shape were {shapes}. Name the model that it was trained beside.")
+            weight = updated(weight, A, B, scale)
+        yield name, weight
+    if waiting:
+        raise UserError(f"The adapter updates {next(iter(waiting))!r}, which the base model does not have.")
+
+
+def updates_tied_head(updates: Updates, config: Config) -> bool:
+    """Say whether updates are of a head that is tied to the embedding, so that adding them makes it a weight of its own."""
+    return config.tie_embeddings and _theirs("lm_head.weight", config) in updates.layers
+
+
+def usual_names(stream: Iterable[tuple[str, Tensor]], config: Config, untie: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights of theirs under their usual names; with `untie` the embedding is the head too, whatever is stored as that."""
+    names, prefixes = names_of(config.rules, to_ours=True), prefixes_of(config.rules)
+    head, embedding = _theirs("lm_head.weight", config), _theirs("transformer.wte.weight", config)
+    for name, tensor in stream:
+        name = usual_name(name, names, prefixes)
+        if not (untie and name == head):
+            yield name, tensor
+        if untie and name == embedding:
+            yield head, tensor
+
+
+def _theirs(ours: str, config: Config) -> str:
+    return names_of(config.rules, to_ours=False)[ours][0].theirs[0]
