@@ -1,7 +1,6 @@
 """Read and write checkpoint directories: Hugging Face's layout, LitGPT's, and the steps of our own runs."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -21,6 +20,7 @@ from litgpt.experts import EXACT
 from litgpt.families import FAMILIES
 from litgpt.families.family import TOKEN_IDS
 from litgpt.files import atomic_folder, check_readable, is_file, is_folder, read_json, read_yaml
+from litgpt.litgpt_layout import from_litgpt_names
 from litgpt.lora import LoRA, add_lora, lora_filter, merge_lora_weights
 from litgpt.model import GPT
 from litgpt.multimodal import is_whole, other_weights, spelled_as_in, text_weights
@@ -39,7 +39,6 @@ from litgpt.weight_files import (
     unwrapped,
     write_shards,
 )
-from litgpt.weights import interleaved_qkv
 
 AGAIN = "Config and weights are of different models: download or convert the checkpoint again."
 DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
@@ -125,24 +124,9 @@ def read_weights(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     if hf_weight_files(folder):
         yield from translate(text_weights(read_plain(folder), config), config.rules, config, to_ours=True)
     elif is_file(file := folder / names.LIT_WEIGHTS):
-        yield from _modern(unwrapped(file), config)
+        yield from from_litgpt_names(unwrapped(file).items(), config)
     else:
         yield from read_step(step_files(folder))
-
-
-def _modern(weights: dict[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Rename LitGPT's older `attn.attn` weights, whose rows are ordered by query group, to `attn.qkv`."""
-    old = "transformer.h.{}.attn.attn.*"
-    rule = [interleaved_qkv(old, "transformer.h.{}.attn.qkv.*")]
-    for name, tensor in weights.items():
-        match = re.fullmatch(r"(.*\.attn)\.attn\.(.*)", name)
-        if match is None:
-            yield name, tensor
-        elif match[2] in ("weight", "bias", "linear.weight", "linear.bias"):
-            plain = name.replace(".linear.", ".")
-            yield from translate([(plain, tensor)], rule, config, to_ours=True)
-        else:  # factors of LoRA: A is stacked by q, k, v in both layouts, and so is B
-            yield f"{match[1]}.qkv.{match[2]}", tensor
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str, name: str = "") -> Tensor:
@@ -181,6 +165,8 @@ def find_adapter(argument: str | Path | None) -> Path | None:
     folder = next((path for path in (Path(argument), Path(names.CHECKPOINTS) / argument) if is_folder(path)), None)
     if folder is None:
         raise MissingFile(f"There is no folder {str(argument)!r} with LoRA updates, neither here nor in {names.CHECKPOINTS}/.")
+    if is_file(folder / names.ADAPTER / names.ADAPTER_CONFIG):  # as in a run's folder with the merged model
+        folder = folder / names.ADAPTER
     if not is_file(folder / names.ADAPTER_CONFIG) and not has_lora(folder):
         raise UserError(f"{folder} holds no LoRA updates: neither {names.ADAPTER_CONFIG} nor {names.LIT_LORA} nor a step of finetune_lora.")
     return folder.absolute()
@@ -220,7 +206,8 @@ def load_lora(
         raise UserError(f"{folder / names.HYPERPARAMETERS} does not say how the LoRA weights were made: {error}") from None
     add_lora(model, lora)
     stored = unwrapped(folder / names.LIT_LORA) if is_file(folder / names.LIT_LORA) else dict(read_raw(folder))
-    updates = {name: tensor for name, tensor in _modern(stored, model.config) if lora_filter(name, tensor) and "/" not in name}
+    modern = from_litgpt_names(stored.items(), model.config)
+    updates = {name: tensor for name, tensor in modern if lora_filter(name, tensor) and "/" not in name}
     expected = {name: parameter for name, parameter in model.named_parameters() if lora_filter(name, parameter)}
     fits = all(tensor.is_floating_point() and tensor.shape == expected[name].shape for name, tensor in updates.items() if name in expected)
     if updates.keys() != expected.keys() or not fits:
@@ -314,7 +301,8 @@ def write_checkpoint(
         overwrite: Replace an existing folder.
         max_shard_bytes: How large a file of weights may grow; by default 5 GB.
     """
-    whole = next((found for found in _origins(source, base) if is_whole(found, config)), None)
+    sees = config.family is not None and FAMILIES[config.family].wrappers
+    whole = next((found for found in _origins(source, base) if is_whole(found, config)), None) if sees else None
     with atomic_folder(folder, overwrite) as partial:
         write_weights(partial, weights, config, dtype, max_shard_bytes, whole)
         write_config(partial, config, source, dtype or next(iter(weights.values())).dtype, whole)

@@ -34,6 +34,7 @@ COMMANDS = {  # name: (where its function is, what it does)
     "convert_to_litgpt": ("litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint", "Write LitGPT's files beside a checkpoint's own."),
     "convert_from_litgpt": ("litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint", "Write a complete Hugging Face folder."),
     "merge_lora": ("litgpt.scripts.merge_lora:merge_lora", "Add a LoRA update to the weights it was trained beside."),
+    "add_tokens": ("litgpt.scripts.add_tokens:add_tokens", "Add tokens to a model's vocabulary."),
     "export_gguf": ("litgpt.scripts.export_gguf:export_gguf", "Write a GGUF file for llama.cpp and Ollama."),
 }
 USAGE = "usage: litgpt [-h] [--version] [--config FILE_OR_URL] COMMAND ..."

@@ -114,7 +114,7 @@ class Repository:
 
     def side_files(self) -> list[str]:
         """Return the names of config and tokenizer files, those first that say whether the rest is of use."""
-        wanted = (names.CONFIG, names.GENERATION_CONFIG, *names.TOKENIZER_FILES)
+        wanted = (names.CONFIG, names.GENERATION_CONFIG, *names.TOKENIZER_FILES, *names.PROCESSOR_FILES)
         return [name for name in wanted if name in self.sizes]
 
     def weight_files(self, folder: Path) -> list[str]:

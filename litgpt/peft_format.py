@@ -20,10 +20,11 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.lora import LoRA, LoRAExperts, LoRALinear, updated
-from litgpt.translate import CONVERSIONS, find_rule, names_of, prefixes_of, usual_name
+from litgpt.translate import CONVERSIONS, fill, find_rule, names_of, prefixes_of, usual_name
 from litgpt.weights import Rule
 
 STACKS = ("gate_up", "down")  # the experts' matrices, in the order in which they nest
+EXPERTS = "transformer.h.{}.mlp.experts"
 LAID_OUT_AS_HERE = ("same", "alias")  # other kinds of rules for experts swap in and out
 
 
@@ -200,22 +201,15 @@ def _turned(B: Tensor, rule: Rule, config: Config, way: int) -> Tensor:
 
 def _targeted_stack(module: str, targets: list[str], config: Config) -> tuple[Rule, str, str] | None:
     """Return the rule, their name and ours of the experts' matrices that a module of an adapter updates, if it updates any."""
-    inner = module.removesuffix(".base_layer")
-    depth = 0
-    while inner != module:
-        module, inner, depth = inner, inner.removesuffix(".base_layer"), depth + 1
-    names = {rule.theirs[0]: (rule, 0) for rule in config.rules if rule.theirs and rule.ours and not rule.count}
-    found = []
-    for name in names:
-        hit = find_rule(f"{module}.{name.rpartition('.')[2]}", {name: names[name]})
-        if hit is not None and (leaf := hit[0].ours[0].rpartition(".")[2]) in STACKS:
-            found.append((STACKS.index(leaf), hit))
-    wrapped = []
-    for _, (rule, _, numbers, _) in sorted(found, key=lambda pair: pair[0]):
-        theirs = rule.theirs[0].format(*numbers)
-        if any(theirs == target or theirs.endswith(f".{target}") for target in targets):
-            wrapped.append((rule, theirs, rule.ours[0].format(*numbers)))
-    return wrapped[len(wrapped) - 1 - depth] if depth < len(wrapped) else None
+    holder = re.sub(r"(\.base_layer)*$", "", module)
+    depth = (len(module) - len(holder)) // len(".base_layer")
+    nested = []
+    for rule in (rule for leaf in STACKS for rule in config.rules if not rule.count and rule.ours[:1] == (f"{EXPERTS}.{leaf}",)):
+        hit = find_rule(f"{holder}.{rule.theirs[0].rpartition('.')[2]}", {rule.theirs[0]: (rule, 0)})
+        theirs = rule.theirs[0].format(*hit[2]) if hit else ""
+        if hit and any(theirs == target or theirs.endswith(f".{target}") for target in targets):
+            nested.insert(0, (rule, theirs, rule.ours[0].format(*hit[2])))
+    return nested[depth] if depth < len(nested) else None
 
 
 # Reading
@@ -275,9 +269,9 @@ def _stored_name(name: str, config: Config) -> tuple[str, bool]:
     if hit is None:
         return name, False
     rule, _, numbers, leaf = hit
-    usual = names_of(config.rules, to_ours=False).get(rule.ours[0]) if rule.kind == "alias" else None
-    if usual is not None and not usual[0].count:
-        return usual[0].theirs[0].removesuffix("*").format(*numbers) + (leaf if usual[0].theirs[0].endswith("*") else ""), False
+    stored = names_of(config.rules, to_ours=False).get(rule.ours[0]) if rule.kind == "alias" else None
+    if stored is not None and not stored[0].count:
+        return fill(stored[0].theirs[0], numbers, leaf), False
     return name, rule.kind == "transposed"
 
 

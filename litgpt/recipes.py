@@ -25,7 +25,7 @@ class Options:
 
     def __init__(self, parser: ArgumentParser, command: str) -> None:
         actions = parser._actions
-        names = {(action.option_strings or [f"--{action.dest}"])[-1].removeprefix("--") for action in actions}
+        names = {(action.option_strings or [f"--{action.dest}"])[-1].removeprefix("--").removesuffix("+") for action in actions}
         self.command = command
         self.positionals = [action.dest for action in actions if not action.option_strings]
         self.objects = {name.removesuffix(".help") for name in names if name.endswith(".help")}  # their class is an option too

@@ -94,8 +94,8 @@ def _converted(
 def _filled_names(rule: Rule, templates: tuple[str, ...], numbers: tuple[str, ...], leaf: str, config: Config, theirs: bool) -> list[str]:
     """Return the names of one application of a rule; of those that are stacked, each expert's or head's."""
     if not (rule.count and theirs):
-        return [_fill(template, numbers, leaf) for template in templates]
-    return [_fill(template, (*numbers, str(part)), leaf) for part in range(_count(rule, config)) for template in templates]
+        return [fill(template, numbers, leaf) for template in templates]
+    return [fill(template, (*numbers, str(part)), leaf) for part in range(_count(rule, config)) for template in templates]
 
 
 def _count(rule: Rule, config: Config) -> int:
@@ -120,7 +120,8 @@ def usual_name(name: str, names: dict[str, tuple[Rule, int]], prefixes: list[tup
     return name if find_rule(name, names) else next((other for other in others if find_rule(other, names)), name)
 
 
-def _fill(template: str, numbers: tuple[str, ...], leaf: str) -> str:
+def fill(template: str, numbers: tuple[str, ...], leaf: str) -> str:
+    """Return the name that a template stands for, with numbers for `{}` and a leaf for `*`; see `find_rule`."""
     return (template.removesuffix("*") + leaf if leaf else template).format(*numbers)
 
 
@@ -189,11 +190,14 @@ def _transpose(rule: Rule, config: Config, tensors: Tensors, names: list[str]) -
 
 
 def _stack(rule: Rule, config: Config, tensors: Tensors, names: list[str]) -> Tensors:
-    n = len(rule.theirs)
     _check_widths(tensors, names)
-    if len({tuple(tensor.shape) for tensor in tensors[::n]}) > 1:
+    each = [tensors[i : i + len(rule.theirs)] for i in range(0, len(tensors), len(rule.theirs))]
+    if len({tuple(tensor.shape for tensor in parts) for parts in each}) > 1:
         raise UserError(f"{names[0]!r} and its likes are stacked, but have different shapes. Download the checkpoint again.")
-    return (torch.stack([torch.cat(tensors[i : i + n]) for i in range(0, len(tensors), n)]),)
+    made = tensors[0].new_empty((len(each), sum(len(part) for part in each[0]), *tensors[0].shape[1:]))
+    for place, parts in zip(made, each):  # straight to their places: a layer of experts is the largest thing that is held twice
+        torch.cat(parts, out=place)
+    return (made,)
 
 
 def _unstack(rule: Rule, config: Config, tensors: Tensors, names: list[str]) -> Tensors:

@@ -315,4 +315,4 @@ def _write_file(file: Path, described: list[tuple[str, Tensor]], tensors: Iterab
             start, end = header[name]["data_offsets"]
             assert tensor.nbytes == end - start and TYPES[tensor.dtype] == header[name]["dtype"], name
             opened.seek(8 + len(text) + start)
-            opened.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+            opened.write(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litgpt.attention import Segments
 from litgpt.cache import DeltaState, Latents, Recent
 from litgpt.config import Config
-from litgpt.model import GPT, Block, LatentAttention
-from litgpt.recurrent import GatedDelta, ShortConvolution
+from litgpt.model import GPT
 
-LATENT = dict(latent_attention=dict(q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=10))
+LATENT = dict(
+    n_query_groups=4, latent_attention=dict(q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=10)
+)
 CONV = dict(short_conv=dict(kernel_size=3, bias=False))
 DELTA = dict(gated_delta=dict(n_key_heads=2, n_value_heads=4, key_head_size=8, value_head_size=6, kernel_size=4))
 EVERYTHING = ["attention", "gated_delta", "latent", "short_conv", "attention", "gated_delta"]
@@ -27,11 +28,6 @@ KINDS = {
     "everything": dict(mixers=EVERYTHING, sliding_window_size=5, sliding_window_indices=[1, 0, 0, 0, 0, 0]) | LATENT | CONV | DELTA,
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def all_mixers(monkeypatch):
-    monkeypatch.setattr(Block, "mixers", dict(Block.mixers, latent=LatentAttention, short_conv=ShortConvolution, gated_delta=GatedDelta))
 
 
 def tiny(kind: str) -> GPT:

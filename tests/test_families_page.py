@@ -15,7 +15,8 @@ def table() -> str:
         brands: dict[str, list[str]] = {}
         for row in family.published():
             brands.setdefault(row.org, []).append(row.hub_name)
-        examples = [f"{org}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "") for org, names in brands.items()]
+        more = {org: f" and {len(names) - 3} more" if names[3:] else "" for org, names in brands.items()}
+        examples = [f"{org}: {', '.join(names[:3])}{more[org]}" for org, names in brands.items()]
         types = ", ".join(f"`{name}`" for name in (model_type, *family.wrappers))
         rows.append(f"| {types} | {', '.join(family.architectures)} | {'; '.join(examples)} |")
     return "\n".join(rows) + "\n"

@@ -3,11 +3,11 @@ import json
 import pytest
 import torch
 from oracle import pair
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
 from litgpt import lora
-from litgpt.checkpoint import write_adapter
+from litgpt.checkpoint import load_lora, write_adapter
 from litgpt.errors import UserError
 from litgpt.families import FAMILIES
 from litgpt.lora import LoRA, LoRAExperts, LoRALinear, add_lora, mark_only_lora_as_trainable, merge_lora_weights
@@ -135,34 +135,57 @@ def test_litgpts_constructor_wraps_what_the_config_says():
     assert names and all(".attn.qkv." in name for name in names)
 
 
-@torch.no_grad()
-@EVERY_FAMILY
-def test_adapters_that_peft_wrote_are_merged_as_peft_merges_them(family, tmp_path):
+OTHER_NAMES = [
+    (family.model_type, *pair)
+    for family in FAMILIES.values()
+    for pair in family.prefixes
+    if not pair[1].endswith(("wte.", "wpe.", "ln_f."))
+]
+SOME = r".*(q_proj|query_key_value|dense|down_proj|c_attn|c_proj|lm_head)"
+
+
+def peft_adapter(config, folder, targets):
+    """A base model and an adapter that PEFT wrote, and the model of PEFT's that has both."""
     from peft import LoraConfig, get_peft_model
 
-    from litgpt.checkpoint import load_lora
-
-    config = tiny_config(family)
     _, theirs = pair(config)
-    theirs.save_pretrained(tmp_path / "base")
-    tuned = get_peft_model(
-        theirs,
-        LoraConfig(r=3, lora_alpha=5, target_modules=r".*(q_proj|query_key_value|dense|down_proj|c_attn|c_proj|lm_head)", use_rslora=True),
-    )
+    theirs.save_pretrained(folder / "base")
+    tuned = get_peft_model(theirs, LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_rslora=True))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    tuned.save_pretrained(tmp_path / "adapter")
-    described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert described["peft_type"] == "LORA"
+    tuned.save_pretrained(folder / "adapter")
+    return tuned.eval()
+
+
+@torch.no_grad()
+@EVERY_FAMILY
+@pytest.mark.parametrize("targets", [SOME, "all-linear"], ids=["some", "all but the head"])
+def test_adapters_that_peft_wrote_are_merged_as_peft_merges_them(family, targets, tmp_path):
+    config = tiny_config(family)
+    tuned = peft_adapter(config, tmp_path, targets)
     model, _ = load_lora(tmp_path / "adapter", tmp_path / "base")
     idx = torch.randint(config.vocab_size, (2, 11))
-    torch.testing.assert_close(model(idx), tuned.eval()(idx).logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(model(idx), tuned(idx).logits, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type, theirs, usual", OTHER_NAMES)
+def test_adapters_of_models_that_call_their_layers_otherwise_are_read_too(model_type, theirs, usual, tmp_path):
+    config = tiny_config(model_type)
+    tuned = peft_adapter(config, tmp_path, SOME)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    in_memory, other = (theirs, usual) if usual == "embed_out." else (usual, theirs)
+    start, stored = "base_model.model.", load_file(file)
+    renamed = {name.replace(start + in_memory, start + other): tensor.clone() for name, tensor in stored.items()}
+    assert renamed.keys() != stored.keys()
+    save_file(renamed, file)
+    model, _ = load_lora(tmp_path / "adapter", tmp_path / "base")
+    idx = torch.randint(config.vocab_size, (2, 11))
+    torch.testing.assert_close(model(idx), tuned(idx).logits, rtol=0, atol=2e-5)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
-    from litgpt.checkpoint import load_lora
-
     config = tiny_config(FAMILIES["llama"])
     _, theirs = pair(config)
     theirs.save_pretrained(tmp_path / "base")

@@ -219,7 +219,8 @@ def test_updates_of_parameters_that_peft_wrote_are_added_as_peft_adds_them(model
 def test_updates_of_routers_and_of_a_linear_layers_parameter_are_added_too(model_type, router, tmp_path):
     _, theirs = pair(tiny_config(model_type))
     theirs.save_pretrained(tmp_path / "base")
-    tuned = peft_model(theirs, f"mlp.{router}.weight", "q_proj.weight", "mlp.experts.down_proj", use_rslora=True)
+    targets = [f"mlp.{router}.weight", "q_proj.weight", "mlp.experts.down_proj"]
+    tuned = peft_model(theirs, *targets, use_rslora=True, alpha_pattern={"q_proj.weight": 11, r".*\.down_proj": 2})
     tuned.save_pretrained(tmp_path / "adapter")
     model, _ = load_lora(tmp_path / "adapter", tmp_path / "base")
     idx = tokens(2, 11)

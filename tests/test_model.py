@@ -231,3 +231,35 @@ def test_tied_weights_are_one_parameter():
     model = GPT(tiny_config(FAMILIES["llama"], tie_embeddings=True))
     assert model.lm_head.weight is model.transformer.wte.weight
     assert len([n for n, _ in model.named_parameters() if n in ("lm_head.weight", "transformer.wte.weight")]) == 1
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_prompts_equal_transformers(family, side):
+    config = tiny_config(family)
+    ours, theirs = pair(config)
+    lengths = (19, 4, 13)
+    mask = torch.stack([torch.arange(19) < n for n in lengths])
+    mask = mask.flip(1) if side == "left" else mask
+    idx = torch.where(mask, tokens(config, 3, 19), 0)
+    positions = mask.cumsum(1) - 1
+    expected = theirs(idx, attention_mask=mask.long(), position_ids=positions.clamp(min=0)).logits
+    got = ours(idx, positions=torch.where(mask, positions, -1))
+    torch.testing.assert_close(got[mask], expected[mask], **ATOL)
+
+
+def relative_error(logits, exact):
+    return ((logits.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_bf16_is_as_near_to_fp32_as_transformers_bf16_is(family):
+    config = tiny_config(family)
+    ours, theirs = pair(config)
+    idx = tokens(config, 8, 23)
+    exact = theirs(idx).logits
+    their_error = relative_error(theirs.bfloat16()(idx).logits, exact)
+    our_error = relative_error(ours.bfloat16()(idx), exact)
+    assert 0 < our_error <= 2 * their_error

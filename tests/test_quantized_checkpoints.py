@@ -134,3 +134,6 @@ def test_what_chooses_experts_is_never_rounded(tmp_path):
     assert torch.equal(model.transformer.h[1].mlp.correction, stored[name])
     write_checkpoint(tmp_path / "ours", model.state_dict(), model.config, dtype=torch.bfloat16)
     assert torch.equal(load_file(tmp_path / "ours" / "model.safetensors")[name], stored[name])
+    cast_weights(tmp_path / "theirs", "bfloat16")
+    cast = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert torch.equal(cast[name], stored[name]) and cast["model.norm.weight"].dtype == torch.bfloat16

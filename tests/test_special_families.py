@@ -149,14 +149,26 @@ def test_a_model_of_one_kind_of_layer_is_computed_too():
         torch.testing.assert_close(torch.cat(pieces, 1), model(idx), rtol=0, atol=1e-5)
 
 
-def test_a_source_with_eyes_is_exported_without_them(tmp_path):
-    with_eyes("ministral3").save_pretrained(tmp_path / "theirs")
+@pytest.mark.parametrize("outside", [None, True, False], ids=["says nothing", "says tied", "says untied"])
+@torch.no_grad()
+def test_a_head_of_its_own_is_read_whatever_the_wrapper_says(outside, tmp_path):
+    theirs = with_eyes("mistral", tie_embeddings=False)
+    theirs.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text()) | dict(tie_word_embeddings=outside)
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in described.items() if value is not None}))
+    idx = torch.randint(96, (1, 9))
+    torch.testing.assert_close(load_model(tmp_path)(idx), theirs(input_ids=idx).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "ministral3"])
+def test_a_model_with_eyes_is_exported_with_them(model_type, tmp_path):
+    theirs = with_eyes(model_type)
+    theirs.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")
     write_checkpoint(tmp_path / "ours", model.state_dict(), model.config, source=tmp_path / "theirs")
-    described = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert described["model_type"] == "ministral3" and "vision_config" not in described
-    idx = torch.randint(96, (1, 9))
-    assert torch.equal(load_model(tmp_path / "ours")(idx), model(idx))
+    again = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "ours").state_dict()
+    assert again.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in theirs.state_dict().items())
 
 
 OTHER_MIXERS = pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "ministral3", "lfm2", "qwen3_next"])

@@ -2,7 +2,6 @@ import subprocess
 import sys
 
 import pytest
-
 from tiny import EVERY_VARIANT, tiny_config
 
 from litgpt.families import FAMILIES

@@ -153,12 +153,9 @@ class Family:
         Args:
             mapping: What the file holds; of a multimodal model the text part counts.
         """
-        wrapped = mapping.get("model_type") in self.wrappers
-        text = mapping.get("text_config") if wrapped else mapping
+        text = mapping.get("text_config") if mapping.get("model_type") in self.wrappers else mapping
         if not isinstance(text, Mapping | None):
             raise UserError(f"`text_config` is a mapping in config.json, but got {text!r}.")
-        if wrapped and mapping.get("tie_word_embeddings"):  # transformers 5 obeys this one
-            text = dict(text or {}) | {"tie_word_embeddings": True}
         fields = dict(self.base)
         for row in self.fields:
             fields |= row.read(text or {})

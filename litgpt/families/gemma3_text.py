@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from litgpt.errors import UserError
 from litgpt.families.family import Brand, Family, Joint, field
-from litgpt.families.gemma2 import SANDWICH_BASE, SANDWICH_FIELDS, SANDWICH_WEIGHTS, float_or_none, window_size
-from litgpt.families.tables import FULL, SLIDING, format_rope, layer_types, parse_rope, whole, whole_if_equal
+from litgpt.families.gemma2 import SANDWICH_BASE, SANDWICH_FIELDS, SANDWICH_WEIGHTS, window_size
+from litgpt.families.tables import FULL, SLIDING, float_or_none, format_ropes, layer_types, parse_ropes, whole
 from litgpt.weights import alias, same
 
 
@@ -14,42 +13,26 @@ def parse_layers(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Return which layers have the window, and the angles of those with and without it."""
     pattern = whole(mapping, "sliding_window_pattern", 6) or 6
     kinds = layer_types(mapping, lambda i: SLIDING if (i + 1) % pattern else FULL, 26)
-    nested = mapping.get("rope_parameters") or {}
-    if not isinstance(nested, Mapping) or not nested.keys() <= {FULL, SLIDING}:
-        raise UserError(f"`rope_parameters` is {nested!r} in config.json, but a mapping for each of {FULL} and {SLIDING} is expected.")
-    full, local, scaling = nested.get(FULL) or {}, nested.get(SLIDING) or {}, mapping.get("rope_scaling") or {}
-    if not all(isinstance(part, Mapping) for part in (full, local, scaling)):
-        raise UserError(f"`rope_parameters` and `rope_scaling` hold mappings in config.json, but got {nested!r} and {scaling!r}.")
-    if parse_rope(dict(local)) is not None:
-        raise UserError(f"`rope_parameters` stretches the positions of {SLIDING} layers in config.json, which is not supported.")
+    usual = mapping.get("rope_theta", 1_000_000), mapping.get("rope_local_base_freq", 10_000)
+    base, local_base, adjustments = parse_ropes(mapping, *usual)
     indices, size = [int(kind == SLIDING) for kind in kinds], mapping.get("sliding_window", 4096)
     there = size is not None and 1 in indices
     return dict(
         sliding_window_size=size if there else None,
         sliding_window_indices=indices if there else None,
         rope_indices=indices,
-        rope_base=whole_if_equal(full.get("rope_theta", mapping.get("rope_theta", 1_000_000))),
-        rope_local_base_freq=whole_if_equal(local.get("rope_theta", mapping.get("rope_local_base_freq", 10_000))),
-        rope_adjustments=parse_rope({**full, **scaling}),
+        rope_base=base,
+        rope_local_base_freq=local_base,
+        rope_adjustments=adjustments,
     )
 
 
 def format_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `parse_layers` reads, as transformers 4 and as 5 spells it."""
-    indices, scaling = fields["rope_indices"] or [0] * fields["n_layer"], format_rope(fields["rope_adjustments"])
-    base, local = float(fields["rope_base"]), float(fields["rope_local_base_freq"] or 10_000)
-    nested = {
-        SLIDING: {"rope_type": "default", "rope_theta": local},
-        FULL: {"rope_type": "default"} | (scaling or {}) | {"rope_theta": base},
-    }
-    return dict(
-        layer_types=[SLIDING if index else FULL for index in indices],
-        **window_size(fields),
-        rope_theta=base,
-        rope_local_base_freq=local,
-        rope_scaling=scaling,
-        rope_parameters=nested,
-    )
+    indices, local_base = fields["rope_indices"] or [0] * fields["n_layer"], float(fields["rope_local_base_freq"] or 10_000)
+    kinds = [SLIDING if index else FULL for index in indices]
+    ropes = format_ropes(fields["rope_base"], local_base, fields["rope_adjustments"])
+    return dict(layer_types=kinds, **window_size(fields), rope_local_base_freq=local_base) | ropes
 
 
 def five_of_six(n_layer: int) -> dict[str, Any]:

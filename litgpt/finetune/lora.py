@@ -41,12 +41,12 @@ def setup(
         checkpoint_dir: The model to start from: a folder, a name in `checkpoints/`, or an `ORG/NAME` that is downloaded from the hub.
         lora_r: The rank of the updates. A higher one can learn more, and takes more memory.
         lora_alpha: The updates are scaled by this number divided by the rank.
-        lora_dropout: How likely an input of an update is dropped while training.
+        lora_dropout: How likely an input of an update is dropped while training. It has to be 0 where experts are updated.
         lora_query: Whether the queries of the attention get an update.
         lora_key: Whether its keys do.
         lora_value: Whether its values do.
         lora_projection: Whether its output does.
-        lora_mlp: Whether the MLPs do.
+        lora_mlp: Whether the MLPs do; in a model with experts, those, but not what chooses among them.
         lora_head: Whether the output head does.
         quantize: Not supported yet: hold the model's own weights in fewer bits.
         out_dir: Where to write. `final/` becomes a complete Hugging Face folder, `step-N/` holds what a run needs to go on after

@@ -7,8 +7,18 @@ from pathlib import Path
 from litgpt import names
 from litgpt.checkpoint import DTYPES
 from litgpt.errors import UserError, disk_error
+from litgpt.experts import EXACT
+from litgpt.families import FAMILIES
 from litgpt.files import read_json
 from litgpt.weight_files import hf_weight_files, read_plain, write_shards
+
+KEPT = tuple(  # how the names of weights end that have to be exact
+    name.rpartition("{}.")[2]
+    for family in FAMILIES.values()
+    for rule in family.weights
+    for name in rule.theirs
+    if any(ours.endswith(EXACT) for ours in rule.ours)
+)
 
 
 def cast_weights(folder: Path, dtype: str) -> None:
@@ -27,7 +37,10 @@ def cast_weights(folder: Path, dtype: str) -> None:
     written = folder / f"cast{names.PARTIAL}"
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir()
-    stream = ((name, tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor) for name, tensor in read_plain(folder))
+    stream = (
+        (name, tensor.to(DTYPES[dtype]) if tensor.is_floating_point() and not name.endswith(KEPT) else tensor)
+        for name, tensor in read_plain(folder)
+    )
     try:
         write_shards(written, ((name, tensor.contiguous()) for name, tensor in stream))
     except Exception as error:

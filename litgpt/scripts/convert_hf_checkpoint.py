@@ -9,6 +9,7 @@ import yaml
 from litgpt import names
 from litgpt.checkpoint import DTYPES, load_model
 from litgpt.errors import UserError, did_you_mean, disk_error
+from litgpt.litgpt_layout import to_litgpt_names
 from litgpt.scripts.download import find_checkpoint
 
 
@@ -31,7 +32,7 @@ def convert_hf_checkpoint(
         print("--model_name is not needed: the architecture is read from the checkpoint.")
     folder = find_checkpoint(checkpoint_dir, needs_tokenizer=False)
     model = load_model(folder, DTYPES.get(dtype))
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    weights = dict(to_litgpt_names(model.state_dict().items(), model.config))
     if debug_mode:
         for name, tensor in weights.items():
             print(f"{name} {tuple(tensor.shape)} {tensor.dtype}")

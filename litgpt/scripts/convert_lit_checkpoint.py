@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+from litgpt import names
 from litgpt.checkpoint import described_by, load_model, write_checkpoint
+from litgpt.errors import UserError
+from litgpt.files import is_file
+from litgpt.prompts import has_prompt_style, load_prompt_style, save_stop_tokens
 from litgpt.scripts.download import find_checkpoint
+from litgpt.tokenizer import Tokenizer
 from litgpt.weight_files import MAX_SHARD_SIZE, shard_bytes
 
 
@@ -21,5 +26,17 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path, max_shard_siz
     folder = find_checkpoint(checkpoint_dir, needs_tokenizer=False)
     model = load_model(folder)
     model.config.to_hf()  # raises where no family of Hugging Face's has such a model
-    write_checkpoint(output_dir, model.state_dict(), model.config, source=described_by(folder), max_shard_bytes=n_bytes)
+    options = dict(source=described_by(folder), extras=name_stop_tokens, max_shard_bytes=n_bytes)
+    write_checkpoint(output_dir, model.state_dict(), model.config, **options)
     print(f"Saved {output_dir}.")
+
+
+def name_stop_tokens(folder: Path) -> None:
+    """Let `generation_config.json` name what ends an answer in the folder's prompt style, as LitGPT's folders do not."""
+    if not (is_file(folder / names.TOKENIZER_JSON) and has_prompt_style(folder)):
+        return
+    try:
+        style = load_prompt_style(folder)
+    except UserError:  # a class of the user's own, which is not needed here
+        return
+    save_stop_tokens(style, Tokenizer(folder), folder)

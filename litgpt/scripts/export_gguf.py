@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # what `-
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # values of general.file_type
 STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ALIGNMENT = 32
-CHUNK = 2**22  # how many numbers are converted at a time
+CHUNK = 2**20  # how many numbers are converted at a time
 Q8_BLOCK = 32  # how many numbers share a scale
 MODELFILE = "Modelfile"
 UNCOMPARED = ("name", "hf_config", "family", "vocab_size", "padding_multiple", "bias", "rope_condense_ratio")
@@ -252,10 +253,8 @@ def _encoded(chunk: Tensor, kind: str, name: str) -> np.ndarray:
 
 def _write_modelfile(output: Path, text: str) -> Path:
     """Write Ollama's description beside a file, under a name that is free, and return it."""
-    free = (output.with_name(name) for name in (MODELFILE, f"{output.stem}.{MODELFILE}"))
-    path = next((path for path in free if not path.exists()), None)
-    if path is None:
-        path = output.with_name(f"{output.name}.{MODELFILE}")
+    candidates = chain((MODELFILE, f"{output.stem}.{MODELFILE}"), (f"{output.stem}-{i}.{MODELFILE}" for i in count(2)))
+    path = next(path for path in map(output.with_name, candidates) if not path.exists())
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -82,20 +82,18 @@ def find_turns(style: PromptStyle, tokenizer: Tokenizer) -> Turns | None:
     with_system = _text(style, [system, first], bos, tokenizer)
     if one is None or two is None or USERS[0] not in one or ANSWER not in two:
         return None
-    default = style.default_system
     opened, after_user = one.split(USERS[0], 1)
     between = two.split(ANSWER, 1)[1].split(USERS[1], 1)[0]
-    end = style.turn_end(tokenizer)
-    if default is None and between.endswith(opened):
-        before_user = opened
-    else:
-        before_user = between.removeprefix(end)
-    before_system, after_system = "", before_user
+    before_user = opened if between.endswith(opened) else between.removeprefix(style.turn_end(tokenizer)).lstrip("\n")
+    before_system, after_system, default = "", before_user, None
     if with_system is not None and SYSTEM in with_system:
         before_system, rest = with_system.split(SYSTEM, 1)
         after_system = rest.split(USERS[0], 1)[0]
+        if opened != before_user:  # the first turn has a system text of the style's own
+            default = opened.removeprefix(before_system).removesuffix(after_system) or None
     turns = Turns(before_system, after_system, before_user, after_user, between.removesuffix(before_user), default)
-    for messages in ([first], later, *([[system, first], [system, *later]] if before_system or SYSTEM in (with_system or "") else ())):
+    known = [[first], later] if with_system is None else [[first], later, [system, first], [system, *later]]
+    for messages in known:
         if turns.render(messages) != _text(style, messages, bos, tokenizer):
             return None
     return turns
@@ -120,7 +118,7 @@ def modelfile(name: str, turns: Turns | None, stops: Iterable[str]) -> str:
         stops: What ends an answer.
     """
     lines = [f"FROM ./{name}"]
-    if turns is not None and not any(mark in turns.ollama for mark in ('"""',)) and "{{" not in _literals(turns):
+    if turns is not None and '"""' not in turns.ollama + (turns.system or "") and "{{" not in _literals(turns):
         lines.append(f'TEMPLATE """{turns.ollama}"""')
         if turns.system:
             lines.append(f"SYSTEM {_quoted(turns.system)}")
@@ -139,5 +137,7 @@ def _quoted(text: str) -> str:
 def stop_texts(style: PromptStyle, tokenizer: Tokenizer) -> list[str]:
     """Return the texts that end an answer."""
     sequences = style.stop_tokens(tokenizer)
-    texts = (tokenizer.text(ids[0]) if ids[0] in tokenizer.special_ids else tokenizer.decode(ids) for ids in sequences if ids)
+    texts = (
+        tokenizer.text(ids[0]) if len(ids) == 1 and ids[0] in tokenizer.special_ids else tokenizer.decode(ids) for ids in sequences if ids
+    )
     return [text for text in texts if text]

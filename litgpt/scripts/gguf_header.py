@@ -5,6 +5,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 import struct
+from codecs import iterdecode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ LEAST_ENTRY = 13  # bytes: the length of a key, a type, and one byte
 LEAST_TENSOR = 32  # bytes: the length of a name, a number of dimensions and one of them, a type, an offset
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 2**16
+PIECE = 2**16  # how many bytes of a text are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,10 @@ class _Reader:
         self.room(length, 1, "a text in its header does")
         begin, self.position = self.position, self.position + length
         try:
-            return str(self.view[begin : self.position], "utf-8")
+            if length <= PIECE:
+                return str(self.view[begin : self.position], "utf-8")
+            pieces = (self.view[i : min(i + PIECE, self.position)] for i in range(begin, self.position, PIECE))
+            return "".join(iterdecode(pieces, "utf-8"))  # a wrong length may make a text of all weights, and fails in the first piece
         except UnicodeDecodeError:
             raise self.damaged("a text in its header is not UTF-8") from None
 

@@ -13,7 +13,7 @@ VARIANTS = {
     "no groups": dict(n_query_groups=4),
 }
 
-OLD = dict(  # as it was published
+OLD = dict(  # as transformers 4 spells it
     architectures=["Qwen2MoeForCausalLM"],
     attention_dropout=0.0,
     bos_token_id=3,
@@ -24,7 +24,7 @@ OLD = dict(  # as it was published
     initializer_range=0.02,
     intermediate_size=80,
     max_position_embeddings=8192,
-    max_window_layers=21,
+    max_window_layers=3,
     mlp_only_layers=[3],
     moe_intermediate_size=24,
     norm_topk_prob=False,
@@ -38,9 +38,9 @@ OLD = dict(  # as it was published
     rope_theta=1000000.0,
     router_aux_loss_coef=0.001,
     shared_expert_intermediate_size=40,
-    sliding_window=32768,
+    sliding_window=64,
     tie_word_embeddings=False,
     torch_dtype="bfloat16",
-    use_sliding_window=False,
+    use_sliding_window=True,
     vocab_size=120,
 )

@@ -15,7 +15,6 @@ from litgpt.lora import LoRA, LoRALinear, add_lora, merge_lora_weights
 from litgpt.model import GPT
 
 
-
 def checkpoint(path, family="llama", **changes):
     """A complete checkpoint directory that transformers wrote, with a tokenizer."""
     from tokenizers import Tokenizer, models

@@ -1,5 +1,6 @@
 """The download command, and how every command finds the checkpoint it was given."""
 
+import errno
 import json
 import os
 import re
@@ -14,10 +15,9 @@ import pytest
 import torch
 from gguf_files import byte_level_tokenizer, tiny_llama, write_gguf
 from hub_server import HubServer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from litgpt import checkpoint, hub
+from litgpt import hub, weight_files
 from litgpt.checkpoint import load_model
 from litgpt.config import Config, known_names
 from litgpt.errors import MissingFile, UserError
@@ -135,10 +135,10 @@ def test_weights_are_stored_in_the_type_asked_for(server, published, dtype):
 
 def test_a_disk_that_fills_up_while_the_type_is_changed_costs_no_second_download(server, monkeypatch):
     def full(*arguments, **options):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(weight_files, "_write_file", full)
         with pytest.raises(UserError, match="The weights could not be stored as bfloat16: the disk is full"):
             download_from_hub(TINY, dtype="bfloat16")
     assert not (Path("checkpoints") / TINY).exists()

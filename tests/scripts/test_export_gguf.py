@@ -153,7 +153,7 @@ def test_the_type_is_by_default_that_of_the_checkpoint(tmp_path):
 
 
 def test_no_more_than_the_model_and_a_piece_of_a_layer_is_in_memory(tmp_path):
-    tiny_checkpoint(tmp_path / "model", "llama", n_embd=1024, intermediate_size=8192, n_layer=4, head_size=64, n_head=16)
+    tiny_checkpoint(tmp_path / "model", "llama", n_embd=512, intermediate_size=4096, n_layer=4)
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
     script = (
         "import resource, sys; from pathlib import Path; from litgpt.scripts import export_gguf as module, gguf_tokenizer\n"
@@ -218,7 +218,25 @@ def test_the_modelfile_names_the_file_the_template_and_what_ends_an_answer(tmp_p
     tokens = reader.fields["tokenizer.ggml.tokens"]
     assert tokens.contents(reader.fields["tokenizer.ggml.eot_token_id"].contents()) == "<|im_end|>"
     export_gguf(tmp_path / "model", tmp_path / "out" / "other.gguf", "q8_0")
-    assert (tmp_path / "out" / "other.Modelfile").read_text().startswith("FROM ./other.gguf\n"), "the first one stays"
+    assert (tmp_path / "out" / "Modelfile").read_text().splitlines() == lines
+    assert (tmp_path / "out" / "other.Modelfile").read_text().startswith("FROM ./other.gguf\n")
+
+
+def test_a_system_text_that_the_template_writes_by_itself_is_named_in_the_modelfile(tmp_path):
+    tiny_checkpoint(tmp_path / "model", "llama")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|im_end|>"}))
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are nice.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    export_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
+    written = (tmp_path / "Modelfile").read_text()
+    assert 'SYSTEM "You are nice."\n' in written
+    assert (
+        'TEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ else }}<|im_start|>user\n{{ end }}'
+        '{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}<|im_end|>\n"""'
+    ) in written
 
 
 def test_the_checkpoints_own_chat_template_is_carried_over(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import random
+import struct
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from litgpt.checkpoint import load_model
 from litgpt.errors import MissingFile, UserError
 from litgpt.scripts.export_gguf import export_gguf
 from litgpt.scripts.gguf import import_gguf
+from litgpt.scripts.gguf_header import read_header
 from litgpt.scripts.gguf_tokenizer import PRE_TOKENIZERS
 from litgpt.scripts.pypi import fetch_data_files
 
@@ -274,7 +277,12 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
         ({"split.count": 3}, "one part of several"),
         ({"llama.block_count": 3}, "lacks"),
         ({"llama.feed_forward_length": 128}, "shape"),
+        ({"llama.block_count": 200}, "too few for 200 layers"),
+        ({"llama.block_count": "two"}, "gives llama.block_count = 'two', but one number is needed"),
         ({"llama.attention.head_count": 8, "llama.rope.dimension_count": 8}, "rows"),
+        ({"tokenizer.ggml.add_bos_token": 3}, "but true or false is needed"),
+        ({"tokenizer.chat_template": 5}, "but a text is needed"),
+        ({"tokenizer.ggml.tokens": "all"}, "but a list of texts is needed"),
     ],
     ids=str,
 )
@@ -283,6 +291,64 @@ def test_what_cannot_be_read_is_one_sentence_and_leaves_nothing(tmp_path, metada
     with pytest.raises(UserError, match=message):
         import_gguf(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+LONG = struct.pack("<Q", 2**60)
+TEXT, LIST, UINT64 = (struct.pack("<I", number) for number in (8, 9, 10))
+
+
+def written(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def header(entries: bytes = b"", weights: bytes = b"", n_entries: int = 1, n_weights: int = 1) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, n_weights, n_entries) + entries + weights
+
+
+def weight(name: str, *shape: int, kind: int = 0, offset: int = 0) -> bytes:
+    return written(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(n_entries=2**60), "ends before its header does"),
+        (header(n_entries=0, n_weights=2**60), "ends before its list of weights does"),
+        (header(written("a") + TEXT + LONG), "ends before a text in its header does"),
+        (header(LONG), "ends before a text in its header does"),
+        (header(written("a") + LIST + TEXT + LONG), "ends before a list in its header does"),
+        (header(written("a") + LIST + UINT64 + LONG), "ends before a list in its header does"),
+        (header(written("a") + LIST + LIST + LONG), "a list in its header is of the unknown type 9"),
+        (header(written("a") + struct.pack("<I", 13)), "an entry of its header is of the unknown type 13"),
+        (header(2 * (written("a") + UINT64 + LONG), n_entries=2), "its header gives 'a' twice"),
+        (header(written("general.alignment") + UINT64 + LONG), "aligned to 1152921504606846976 bytes"),
+        (header(weights=weight("w", 2**40, 2**40), n_entries=0), "ends before the weight 'w' does"),
+        (header(weights=weight("w", 8, offset=2**63), n_entries=0), "ends before the weight 'w' does"),
+        (header(weights=weight("w", 8, 0), n_entries=0), r"has the shape \(0, 8\)"),
+        (header(weights=weight("w", 8, kind=8), n_entries=0), r"has the shape \(8,\), which Q8_0 cannot have"),
+        (header(weights=weight("w", 8, kind=999), n_entries=0), "stored in the unknown way 999"),
+        (header(weights=weight("w", 1, 1, 1, 1, 1), n_entries=0), "has 5 dimensions"),
+        (header(weights=weight("w", 8) + weight("w", 8, offset=32), n_entries=0, n_weights=2), "holds the weight 'w' twice"),
+        (header(weights=weight("v", 16) + weight("w", 8, offset=32), n_entries=0, n_weights=2), "'w' lies inside of another"),
+        (header(n_entries=0, n_weights=0), "holds no weights"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 1, 1), "its version is 50331648"),
+    ],
+    ids=str,
+)
+def test_no_number_is_believed_that_the_size_does_not_bear_out(tmp_path, content, message):
+    (tmp_path / "lying.gguf").write_bytes(content + bytes(200))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message):
+        read_header(tmp_path / "lying.gguf")
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_a_long_text_is_read_whole_whatever_its_characters(tmp_path):
+    text = "日本a🤖" * 40_000
+    assert (
+        read_header(write_gguf(tmp_path / "tiny.gguf", metadata={"general.description": text})).metadata.text("general.description") == text
+    )
 
 
 def test_another_architecture_is_refused(tmp_path):
