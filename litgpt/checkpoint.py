@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import chain
@@ -87,6 +88,9 @@ def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class
         where: Where they come from, for error messages.
         model_class: Makes the model of its config.
     """
+    if config.tie_embeddings and "lm_head.weight" in weights and not _is_tied(weights):
+        config = replace(config, tie_embeddings=False)  # as transformers does
+        print(f"{where} says that head and embedding are one matrix, but holds two that differ, so they are kept apart.", file=sys.stderr)
     with torch.device("meta"), _WithoutInitialisation():
         model = model_class(config)
     expected = model.state_dict()

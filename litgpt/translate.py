@@ -239,6 +239,6 @@ CONVERSIONS: dict[str, tuple[Conversion, Conversion]] = {  # kind of rule -> (to
     "stacked": (_stack, _unstack),
     "alternating": (_gate_then_up, _gate_and_up_in_turn),
     "alias": (_as_they_are, _as_they_are),
-    "tied": (_unless_tied, _unless_tied),
+    "tied": (_as_they_are, _unless_tied),
     "ignored": (_nothing, _nothing),
 }

@@ -71,7 +71,7 @@ def alias(theirs: str, ours: str) -> Rule:
 
 
 def tied(theirs: str, ours: str) -> Rule:
-    """The tensor is the same, but where the config ties it to the embedding it is neither written nor read."""
+    """The tensor is the same, but where the config ties it to the embedding it is not written."""
     return Rule("tied", (theirs,), (ours,))
 
 

@@ -90,6 +90,18 @@ def test_litgpts_head_is_tied_only_if_it_equals_the_embedding(tmp_path):
 
 
 @torch.no_grad()
+def test_a_head_that_differs_from_the_embedding_is_not_tied_whatever_the_config_says(tmp_path, capsys):
+    _, theirs = pair(tiny_config("llama", tie_embeddings=False))
+    theirs.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | dict(tie_word_embeddings=True)))
+    model, idx = load_model(tmp_path), torch.arange(9).unsqueeze(0)
+    assert not model.config.tie_embeddings and "so they are kept apart" in capsys.readouterr().err
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(idx).logits
+    torch.testing.assert_close(model(idx), expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
 def test_litgpts_lora_files_are_merged_beside_their_base(tmp_path):
     base = lit_folder(tmp_path / "base", GPT(tiny_config(FAMILIES["llama"])))
     model = load_model(base)
