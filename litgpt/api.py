@@ -22,7 +22,7 @@ from litgpt.generate.run import check_quantize, stop_tokens
 from litgpt.hardware import compute_dtype, find_device, parse_devices, peak_memory_gb, products_dtype
 from litgpt.loss import IGNORED
 from litgpt.model import GPT
-from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, save_prompt_style, save_stop_tokens
+from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, save_prompt_style, save_stop_tokens, with_own_style
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 
@@ -109,7 +109,7 @@ class LLM(nn.Module):
         tokens = described if tokenizer_dir is None else find_checkpoint(tokenizer_dir, access_token=access_token, tokenizer_only=True)
         config = Config.from_checkpoint(described) if described is not None else Config.from_name(str(model))
         tokenizer = Tokenizer(tokens)
-        style = find_prompt_style(folder or tokens, tokenizer, config=config)
+        style = find_prompt_style(with_own_style(updates, folder or tokens), tokenizer, config=config)
         llm = cls(None, Preprocessor(tokenizer), style, config, folder, tokens)
         llm.adapter_dir = updates
         if distribute is not None:

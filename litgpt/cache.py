@@ -127,13 +127,13 @@ class Recent:
     def read(self, span: "Span") -> tuple[Tensor, Tensor]:
         """Return the inputs of the N tokens before a call and their positions, (B, N, C) and (B, N); zeros where there was none."""
         places = span.starts.unsqueeze(1) + torch.arange(-self.size, 0, device=span.starts.device)  # (B, N)
-        inputs = self.inputs[span.index[:, :1], places.remainder(self.size)]
+        inputs = self.inputs[span.index[:, :1], places.remainder(max(self.size, 1))]  # a kernel of 1 looks back at nothing
         return inputs.masked_fill((places < 0).unsqueeze(-1), 0.0), places
 
     def write(self, inputs: Tensor, span: "Span") -> None:
         """Keep the last N of a call's inputs (B, T, C)."""
         kept = span.positions >= (span.ends - self.size).clamp(min=0).unsqueeze(1)  # (B, T)
-        slots = torch.where(kept, span.positions.remainder(self.size), self.size)
+        slots = torch.where(kept, span.positions.remainder(max(self.size, 1)), self.size)
         self.inputs[span.index, slots] = inputs.to(self.inputs.dtype)
 
 

@@ -25,7 +25,7 @@ from litgpt.litgpt_layout import from_litgpt_names
 from litgpt.lora import LoRA, add_lora, lora_filter, merge_lora_weights
 from litgpt.model import GPT
 from litgpt.multimodal import is_whole, other_weights, spelled_as_in, text_weights
-from litgpt.peft_format import adapter_to_peft, add_updates, peft_updates, updates_tied_head, usual_names
+from litgpt.peft_format import adapter_to_peft, add_updates, check_plain, peft_updates, updates_tied_head, usual_names, within_whole
 from litgpt.tokenizer import Tokenizer
 from litgpt.translate import translate
 from litgpt.weight_files import (
@@ -229,17 +229,15 @@ def _with_peft_adapter(
     model_class: Callable[[Config], GPT],
 ) -> GPT:
     """Return the base model with PEFT's updates added to its weights, which have Hugging Face's names in both."""
-    for key in ("use_dora", "modules_to_save", "trainable_token_indices"):
-        if settings.get(key):
-            raise UserError(f"{folder} uses PEFT's `{key}`, which is not supported. Merge it with PEFT first.")
-    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
-        raise UserError(f"{folder} is not a plain LoRA adapter of PEFT, the only kind that is read.")
+    check_plain(settings, folder)
     if not hf_weight_files(base):
         raise UserError(
             f"{base} has no weights in Hugging Face's layout, which a PEFT adapter belongs to. Convert it with convert_from_litgpt."
         )
     config = Config.from_checkpoint(base)
     updates = peft_updates(dict(read_file(folder / names.ADAPTER_WEIGHTS)), settings, config)
+    if updates.others:
+        print(f"Skipped {len(updates.others)} updates of other parts, first {updates.others[0]}.", file=sys.stderr, flush=True)
     untie = updates_tied_head(updates, config)
     stream = usual_names(text_weights(read_plain(base), config), config, untie)
     stream = ((name, _moved(tensor, dtype if name in updates.layers else None, device)) for name, tensor in stream)
@@ -307,6 +305,8 @@ def write_checkpoint(
     """
     sees = config.family is not None and FAMILIES[config.family].wrappers
     whole = next((found for found in _origins(source, base) if is_whole(found, config)), None) if sees else None
+    if whole is not None:
+        _check_others(config, source, base)
     with atomic_folder(folder, overwrite) as partial:
         write_weights(partial, weights, config, dtype, max_shard_bytes, whole)
         write_config(partial, config, source, dtype or next(iter(weights.values())).dtype, whole)
@@ -315,6 +315,17 @@ def write_checkpoint(
         if extras is not None:
             extras(partial)
         write_ends(partial)
+
+
+def _check_others(config: Config, *origins: Path | None) -> None:
+    """Refuse to write a multimodal model with updates of its text alone if an adapter among the origins changes other parts too."""
+    for folder in (found for found in origins if found is not None and is_file(found / names.ADAPTER_CONFIG) and has_lora(found)):
+        updates = peft_updates(dict(read_file(folder / names.ADAPTER_WEIGHTS)), read_json(folder / names.ADAPTER_CONFIG), config)
+        if updates.others:
+            raise UserError(
+                f"{folder} also updates {updates.others[0]!r}, which is no part of the text model and would be left as it was. "
+                "Merge it with PEFT."
+            )
 
 
 def _origins(folder: Path | None, base: Path | None) -> Iterator[Path]:
@@ -394,6 +405,11 @@ def _text_part(original: dict[str, Any], config: Config) -> dict[str, Any] | Non
     return original | {"model_type": model_type} if model_type == config.family else None
 
 
+def _is_wrapped(folder: Path, config: Config) -> bool:
+    """Say whether transformers reads a folder as a multimodal model whose text part is of the config's family."""
+    return config.family is not None and read_json(folder / names.CONFIG).get("model_type") in FAMILIES[config.family].wrappers
+
+
 def write_ends(folder: Path) -> None:
     """Let `generation_config.json` name all tokens that end a text, so that other programs stop there too.
 
@@ -423,6 +439,17 @@ def copy_side_files(source: Path, target: Path, *more: str) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def check_side_files(folder: Path) -> None:
+    """Refuse damaged files of tokenizer and generation where they lie, before a copy of them would be blamed.
+
+    Raises:
+        UserError: One is damaged.
+    """
+    read_json(folder / names.GENERATION_CONFIG, repair=True)
+    if is_file(folder / names.TOKENIZER_JSON):
+        Tokenizer(folder)
+
+
 def write_adapter(folder: Path, model: GPT, lora: LoRA, base: str) -> None:
     """Write the LoRA updates of a model as a PEFT adapter; see `adapter_writer`."""
     adapter_writer(model, lora, base)(folder)
@@ -440,6 +467,8 @@ def adapter_writer(model: GPT, lora: LoRA, base: str) -> Callable[[Path], None]:
         UserError: No family of checkpoints can express the model.
     """
     tensors, described = adapter_to_peft(model, lora)
+    if _is_wrapped(Path(base), model.config):
+        tensors, described = within_whole(tensors, described, model.config)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
     def write(folder: Path) -> None:

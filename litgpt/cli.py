@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from litgpt.errors import UserError, did_you_mean
+from litgpt.errors import UserError, did_you_mean, disk_error
 from litgpt.recipes import DATA, Options, merge, read_recipe, rewritten
 
 COMMANDS = {  # name: (where its function is, what it does)
@@ -49,26 +49,50 @@ def main(argv: list[str] | None = None) -> int:
     """
     open_streams()
     try:
-        dispatch(sys.argv[1:] if argv is None else list(argv))
+        code = answer(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
+        return code
+    except OSError as error:
+        broken = close_broken_streams()
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            return 141
+        if not broken:
+            traceback.print_exc()
+            return 1
+        print("litgpt: The output could not be written:", disk_error(error) or f"{error.strerror}.", file=sys.stderr)
+        return 2
+
+
+def answer(argv: list[str]) -> int:
+    """Run one command and return the exit code; errors of the system are passed on, for they may be of the output itself."""
+    try:
+        dispatch(argv)
     except UserError as error:
         print("litgpt:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except BrokenPipeError:  # what is left would be tried again at the end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return 141
     except SystemExit as stop:  # after printing help or a configuration
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except OSError:
+        raise
     except Exception:
         traceback.print_exc()
         return 1
     return 0
+
+
+def close_broken_streams() -> bool:
+    """Send what cannot be written to nowhere, or it would be tried again at the end; return whether there was such a stream."""
+    broken = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.write("\n" if stream is sys.stdout else "")  # what could not be written may be gone, and leave nothing to flush
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            broken = True
+    return broken
 
 
 def open_streams() -> None:

@@ -64,6 +64,7 @@ def _unscaled(name: str, weight: Tensor, scale: Tensor, block: tuple[int, int] |
     expected = block and tuple(-(-size // side) for size, side in zip(weight.shape[-2:], block, strict=True))
     if tuple(scale.shape[-2:]) != expected or scale.shape[:-2] != weight.shape[:-2]:
         raise UserError(f"The scales of {name!r} have the shape {tuple(scale.shape)}, but its blocks make it {expected}. {AGAIN}")
+    scale = scale.float()  # some files hold powers of two in eight bits
     for dim, side in zip((-2, -1), block, strict=True):
         scale = scale.repeat_interleave(side, dim).narrow(dim, 0, weight.size(dim))
     return (weight.float() * scale).bfloat16()

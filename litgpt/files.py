@@ -65,12 +65,26 @@ def read_yaml(path: Path, *, way: str = AGAIN) -> dict[str, Any]:
         return {}
     text = read_text(path, way)
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _UniqueKeys)
     except RecursionError:
         raise UserError(f"{path} is damaged: its values are nested too deep. {way}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:  # the package leaks errors of its parts
         raise UserError(f"{path} is damaged: it is not valid YAML ({' '.join(str(error).split())[:300]}). {way}") from None
     return _mapping(path, content, "a mapping", way)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Reads plain values, and refuses a key that stands twice in one mapping, of which YAML's reader would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping."""
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_text(path: Path, way: str = AGAIN) -> str:
@@ -187,7 +201,7 @@ def _mapping(path: Path, content: Any, wanted: str, way: str) -> dict[str, Any]:
     if content is None:
         raise UserError(f"{path} is empty, but must hold {wanted}. {way}")
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, but must hold {wanted}. {way}")
+        raise UserError(f"{path} is damaged: it holds {kind_of(content)}, but must hold {wanted}. {way}")
     if (key := next((key for key in content if not isinstance(key, str)), None)) is not None:
         raise UserError(f"{path} is damaged: its key {key!r} is no text. {way}")
     level, n_values = {id(content): (content, 1)}, 0  # YAML may name one part many times, and its copies would fill the memory
@@ -205,6 +219,12 @@ def _mapping(path: Path, content: Any, wanted: str, way: str) -> dict[str, Any]:
             return content
         level = children
     raise UserError(f"{path} is damaged: its values are nested too deep. {way}")
+
+
+def kind_of(value: Any) -> str:
+    """Return what a user calls a value of a JSON or YAML file."""
+    kinds = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    return kinds.get(type(value), f"a value of the type {type(value).__name__}")
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -229,10 +249,13 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     partial, path = None, path.absolute()
     try:
-        path = path.resolve() if path.is_symlink() else path
-        if path.exists() and (not path.is_dir() or (not overwrite and any(path.iterdir()))):
-            raise UserError(f"{path} already exists. Choose another folder, or delete it first.")
-        partial = begin_folder(path)
+        try:
+            path = path.resolve() if path.is_symlink() else path
+            if path.exists() and (not path.is_dir() or (not overwrite and any(path.iterdir()))):
+                raise UserError(f"{path} already exists. Choose another folder, or delete it first.")
+            partial = begin_folder(path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         yield partial
         written = list(partial.rglob("*"))
         for file in written:
@@ -242,10 +265,23 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        if message := disk_error(error):
-            shown = path if len(path.name) < 100 else f"{path.name[:60]}..."
-            raise UserError(f"{shown} could not be written: {message}") from error
+        if disk_error(error):
+            raise cannot_write(path, error) from error
         raise
+
+
+def cannot_write(path: Path, error: BaseException) -> UserError:
+    """Return what to raise where the system refuses to write.
+
+    Args:
+        path: What was to be written.
+        error: What was raised, by the system or by a package.
+    """
+    if isinstance(error, UserError):
+        return error
+    reason = getattr(error, "strerror", None) or error
+    shown = path if len(path.name) < 100 else f"{path.name[:60]}..."
+    return UserError(f"{shown} could not be written: {disk_error(error) or f'{reason}. Choose another place.'}")
 
 
 def begin_folder(path: Path) -> Path:

@@ -49,6 +49,8 @@ class LoRA:
                 raise UserError(f"`lora_{field.name}` is {kind}, but got {value!r:.40}.")
         if self.r < 1:
             raise UserError(f"`lora_r` is the rank of the update and at least 1, but got {self.r}.")
+        if self.alpha <= 0:
+            raise UserError(f"`lora_alpha` scales the update and is a number above 0, but got {self.alpha}. Use twice the rank, say.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"`lora_dropout` is a probability below 1, but got {self.dropout}. Use 0 to drop nothing.")
         if not any((self.query, self.key, self.value, self.projection, self.mlp, self.head)):
@@ -230,15 +232,18 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
         seed: Every update starts from (seed, its layer's name), so that the start does not depend on how a model is spread.
 
     Raises:
-        UserError: Inputs of experts' updates would be dropped, which PEFT's format cannot express.
+        UserError: Inputs of experts' updates would be dropped, which PEFT's format cannot express; or the rank is beyond any layer's.
     """
     if lora.mlp and lora.dropout and model.config.n_expert:
         raise UserError(
             f"`lora_dropout` is 0 where `lora_mlp` updates experts, but got {lora.dropout}. Set it to 0, or turn `lora_mlp` off."
         )
-    for name, plain in list(model.named_modules()):
-        if not isinstance(plain, nn.Linear | Experts) or not any(enabled := lora.enabled(name)):
-            continue
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Experts) and any(lora.enabled(name))]
+    highest = max((_highest_rank(layer) for _, layer in layers), default=lora.r)
+    if lora.r > highest:
+        raise UserError(f"`lora_r` is {lora.r}, but the update of no layer it is for can have a rank above {highest}. Lower it.")
+    for name, plain in layers:
+        enabled = lora.enabled(name)
         if isinstance(plain, Experts):
             layer = LoRAExperts(plain, lora.r, lora.alpha)
         else:
@@ -249,6 +254,13 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
             layer.reset_parameters(torch.Generator(device).manual_seed(seed_of(seed, name)))
         model.set_submodule(name, layer)
     mark_only_lora_as_trainable(model)
+
+
+def _highest_rank(layer: nn.Linear | Experts) -> int:
+    """Return the highest rank that an update of a layer can have, where a higher one would only cost memory."""
+    if isinstance(layer, Experts):
+        return max(min(layer.gate_up.shape[1:]), min(layer.down.shape[1:]))
+    return min(layer.in_features, layer.out_features)
 
 
 def seed_of(seed: int, name: str) -> int:

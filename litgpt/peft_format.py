@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +21,26 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.lora import LoRA, LoRAExperts, LoRALinear, updated
-from litgpt.translate import CONVERSIONS, fill, find_rule, names_of, prefixes_of, usual_name
+from litgpt.translate import CONVERSIONS, fill, find_rule, is_skipped, names_of, prefixes_of, usual_name
 from litgpt.weights import Rule
 
 STACKS = ("gate_up", "down")  # the experts' matrices, in the order in which they nest
 EXPERTS = "transformer.h.{}.mlp.experts"
 LAID_OUT_AS_HERE = ("same", "alias")  # other kinds of rules for experts swap in and out
+START = "base_model.model."  # of the names in an adapter, before those in the model
+
+# What PEFT's settings may say without changing what A and B mean: what we read ourselves, what chose the layers that the factors' names
+# tell, and what mattered only before or while they were trained. Everything else has to be unset.
+HARMLESS = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "runtime_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+    "fan_in_fan_out",  # PEFT corrects it to what the layer is
+    "merge_weights",  # of its first versions
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # how a start was found that `init_lora_weights` tells
+    *("megatron_core", "qalora_group_size"),  # details of `megatron_config` and `use_qalora`
+}
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga")  # with the others, loading an adapter changes the base
 
 
 class Factors(NamedTuple):
@@ -44,6 +59,8 @@ class Updates:
     """Of linear layers, by the usual names of their weights on Hugging Face's side, whose rows they have."""
     stacks: dict[str, Factors]
     """Of experts, by our names."""
+    others: list[str]
+    """The modules that are changed in other parts of a multimodal model, which are not computed here."""
 
 
 # Writing
@@ -69,8 +86,8 @@ def adapter_to_peft(model: nn.Module, lora: LoRA) -> tuple[dict[str, Tensor], di
         for template, A, B in _fused(rule, parts, config):
             path = _in_memory(template, config)
             module = path.format(*numbers)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = A.detach()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = B.detach()
+            tensors[f"{START}{module}.lora_A.weight"] = A.detach()
+            tensors[f"{START}{module}.lora_B.weight"] = B.detach()
             ranks[f"{path}.weight"] = A.size(0)
     for name, layer in modules.items():
         if isinstance(layer, LoRAExperts):
@@ -78,10 +95,27 @@ def adapter_to_peft(model: nn.Module, lora: LoRA) -> tuple[dict[str, Tensor], di
             for depth, (leaf, (A, B)) in enumerate(zip(reversed(STACKS), reversed(pairs), strict=True)):
                 rule, numbers = _stack_rule(f"{name}.{leaf}", config)
                 module = rule.theirs[0].format(*numbers).rpartition(".")[0] + ".base_layer" * depth
-                tensors[f"base_model.model.{module}.lora_A.weight"] = A.detach().flatten(0, 1)
-                tensors[f"base_model.model.{module}.lora_B.weight"] = _turned(B.detach(), rule, config, 1).permute(1, 2, 0).flatten(1)
+                tensors[f"{START}{module}.lora_A.weight"] = A.detach().flatten(0, 1)
+                tensors[f"{START}{module}.lora_B.weight"] = _turned(B.detach(), rule, config, 1).permute(1, 2, 0).flatten(1)
                 ranks[rule.theirs[0]] = layer.r
     return tensors, _peft_config(ranks, config, lora)
+
+
+def within_whole(tensors: Mapping[str, Tensor], settings: dict[str, Any], config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter of a text model as one of the multimodal model that it is a part of, whose other parts it leaves alone.
+
+    Args:
+        tensors: See `adapter_to_peft`.
+        settings: The same.
+        config: The architecture of the text model.
+    """
+    inside = ((f"{START}{text}", f"{START}{whole}") for whole, text in prefixes_of(config.rules) if text and whole.startswith(text))
+    text, whole = next(inside)  # in memory the text model is one part of several; files may have yet another beginning
+    tensors = {whole + name.removeprefix(text) if name.startswith(text) else name: tensor for name, tensor in tensors.items()}
+    modules = {name.removeprefix(START).split(".lora_")[0] for name in tensors}
+    named = [module for module in modules if any(f".{module}".endswith(f".{key}") for key in settings["target_modules"])]
+    patterns = sorted({re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module)) for module in named})
+    return tensors, settings | ({"target_modules": "|".join(patterns)} if patterns else {})
 
 
 def _layers_by_rule(modules: Mapping[str, nn.Module], config: Config) -> Iterator[tuple[Rule, tuple[str, ...], list[nn.Module]]]:
@@ -215,6 +249,32 @@ def _targeted_stack(module: str, targets: list[str], config: Config) -> tuple[Ru
 # Reading
 
 
+def check_plain(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse an adapter that is more than low-rank updates added to its base, by what its `adapter_config.json` says.
+
+    Args:
+        settings: What the file holds; what is left out has PEFT's default.
+        folder: The adapter's, for error messages.
+
+    Raises:
+        UserError: A setting is not known to leave the updates plain.
+    """
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{folder} is not a plain LoRA adapter of PEFT, the only kind that is read.")
+    for name, value in settings.items():
+        if name == "init_lora_weights":
+            plain = value is None or isinstance(value, bool) or (isinstance(value, str) and value.lower() in PLAIN_STARTS)
+        elif name == "bias":
+            plain = value == "none"
+        else:
+            plain = name in HARMLESS or not value
+        if not plain:
+            raise UserError(
+                f"{folder} sets PEFT's `{name}` to {value!r:.40}, so it is not a plain LoRA adapter, the only kind that is read. "
+                "Merge it with PEFT first, if it can be merged."
+            )
+
+
 def peft_updates(tensors: Mapping[str, Tensor], settings: dict[str, Any], config: Config) -> Updates:
     """Return the updates in a PEFT adapter.
 
@@ -227,14 +287,17 @@ def peft_updates(tensors: Mapping[str, Tensor], settings: dict[str, Any], config
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise UserError(f"`target_parameters` in the PEFT adapter's settings is a list of names, but got {targets!r:.40}.")
     found: dict[str, dict[str, Tensor]] = {}
+    others = {name for name in tensors if is_skipped(name.removeprefix(START), config.rules)}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.*)\.lora_(A|B)(?:\.default)?\.weight", name)
+        if name in others:
+            continue
+        match = re.fullmatch(rf"{re.escape(START)}(.*)\.lora_(A|B)(?:\.default)?\.weight", name)
         if match is None and name.endswith((".base_layer.weight", ".base_layer.bias")):
             continue  # a copy of the base's head, which PEFT saves beside an update of it
         if match is None:
             raise UserError(f"The PEFT adapter holds {name!r}, which is no factor of a linear layer's LoRA update.")
         found.setdefault(match[1], {})[match[2]] = tensor
-    updates = Updates({}, {})
+    updates = Updates({}, {}, _changed({name: tensors[name] for name in others}))
     for module, factors in found.items():
         if len(factors) < 2:
             raise UserError(f"The PEFT adapter holds only one of the two factors of {module!r}.")
@@ -251,6 +314,12 @@ def peft_updates(tensors: Mapping[str, Tensor], settings: dict[str, Any], config
             scale = _scale(settings, f"{module}.weight" if is_parameter else module, A.size(0))
             updates.layers[name] = Factors(B.T, A.T, scale) if transposed else Factors(A, B, scale)
     return updates
+
+
+def _changed(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the modules that updates change: those of which no factor is zero, as B is that nothing was learned by."""
+    same = {name.split(".lora_")[0] for name, tensor in tensors.items() if not tensor.any()}
+    return sorted({name.split(".lora_")[0].removeprefix(START) for name in tensors if name.split(".lora_")[0] not in same})
 
 
 def _stack_factors(A: Tensor, B: Tensor, theirs: str, rule: Rule, settings: dict[str, Any], config: Config) -> Factors:

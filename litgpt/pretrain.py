@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,18 @@ from litgpt.launch import PRECISIONS, cast_parameters, choose_logger, fits_each_
 from litgpt.lora import seed_of
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
-from litgpt.run import Run, check_ids, described, digest, fingerprint, prepared, run_folder, sample_length, step_to_resume, write_options
+from litgpt.run import (
+    Run,
+    check_finite,
+    check_ids,
+    counted,
+    described,
+    digest,
+    fingerprint,
+    prepared,
+    sample_length,
+)
+from litgpt.run_folder import check_room, run_folder, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, Sample, check_limits, data_share, forward_backward, seed_generators
@@ -33,6 +44,8 @@ TRAIN = TrainArgs(save_interval=1000, log_interval=1, global_batch_size=None, mi
 EVAL = EvalArgs(interval=1000, max_iters=100)
 LOG = LogArgs()
 OPTIMIZER = OptimizerArgs(lr=None, weight_decay=0.1)
+
+SAYS_NOTHING = {"name", "hf_config", "family", "vocab_size", "padded_vocab_size", "padding_multiple", "block_size"}  # of an architecture
 
 N_STEPS = 500  # how many steps a run should have at least, before a larger batch pays
 MAX_BATCH = 512  # samples
@@ -70,10 +83,10 @@ def setup(
             step N, and `logs/` the logged values. A folder that already holds a run is refused.
         precision: The number types to train in: `32-true`, `bf16-mixed` (weights in fp32, products in bf16), `bf16-true` (all in
             bf16) or `16-mixed` (GPUs only). By default `bf16-mixed` where the hardware multiplies bf16, else `32-true`.
-        initial_checkpoint_dir: The checkpoint to train on from. Its architecture is kept, whatever the name says.
+        initial_checkpoint_dir: The checkpoint to train on from. Its architecture is kept, also if the name is that of another.
         resume: Go on with a run, bit for bit as if it had not been interrupted: `true` from the last step in `out_dir`, `auto` the
             same but starting anew if there is none, or the path of a step. Give the other flags as before.
-        overwrite: Whether to delete the run that `out_dir` holds, and start over.
+        overwrite: Whether to delete the run that `out_dir` holds, and start over. What the run itself reads is never deleted.
         data: The texts to learn from, such as `TextFiles` with `--data.train_data_path FOLDER`.
         train: Batch sizes, limits, schedule and intervals.
         eval: When and how to validate.
@@ -97,11 +110,14 @@ def setup(
     if resumed is not None and initial_checkpoint_dir is None:
         initial_checkpoint_dir = read_hyperparameters(resumed).get("initial_checkpoint_dir")
     origin = find_origin(model_name, model_config, initial_checkpoint_dir, tokenizer_dir, train)
+    if resumed is None:
+        check_room(out_dir, data, origin.folder, origin.tokenizer_dir)
 
     logger = choose_logger(logger_name, out_dir, f"pretrain-{origin.config.name}", log)
     fits = fits_each_device(origin.config, False, precision, devices, num_nodes)
     fabric = launch_fabric(devices, num_nodes, precision=precision, fits_one_device=fits, loggers=logger)
     seed_generators(fabric, seed)
+    origin = with_vocabulary(origin, said=fabric.print if model_config is not None else None)
     samples, val_samples = read_samples(fabric, data, origin, train)
     length = len(samples[0]) - 1  # targets of one sample
     train = with_batch_size(train, len(samples), length, data_share(fabric)[1])
@@ -111,6 +127,8 @@ def setup(
     hyperparameters = to_plain(given | {"train": train, "optimizer": optimizer})
 
     model = origin.model(seed)
+    if origin.folder is not None:
+        check_finite(model, origin.folder)
     model.expert_balance = EXPERT_BALANCE if train.expert_balance is None else train.expert_balance
     base = fingerprint(model) if origin.folder is not None else None
     dtype = written_dtype(model, origin, precision)
@@ -124,8 +142,10 @@ def setup(
     same |= {"digest of the samples": digest(samples), "optimizer.name": optimizer.name, "precision": precision}
     same |= {"fingerprint of the initial weights": base}
     with Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files) as run:
-        batch = f"{train.global_batch_size:,} of {len(samples):,} samples of {length:,} tokens in a step"
+        batch = f"{train.global_batch_size:,} of {counted(len(samples), 'sample')} of {counted(length, 'token')} in a step"
         run.progress.say(f"Pretraining {origin.config.name}: {size}, {batch}.")
+        if origin.config.family is None:
+            run.progress.say("No architecture of Hugging Face's can express this model, so only this library will be able to use it.")
         run.begin(resumed, hyperparameters)
         fit(run, samples, val_samples, eval, seed)
         run.finish(out_dir / names.FINAL, lambda weights: write_final(out_dir / names.FINAL, weights, origin, dtype, hyperparameters))
@@ -197,14 +217,47 @@ def find_origin(
     folder = find_checkpoint(initial_checkpoint_dir, needs_tokenizer=tokenizer_dir is None) if initial_checkpoint_dir is not None else None
     if folder is not None:
         config = Config.from_checkpoint(folder)
+        check_name(model_name, config, folder)
         if train.tie_embeddings not in (None, config.tie_embeddings):
             raise UserError(f"`train.tie_embeddings` is {train.tie_embeddings}, but {folder} is built the other way. Leave it out.")
     else:
         config = model_config or Config.from_name(model_name)
+        config.check_family()
         config = config if config.name else replace(config, name=model_name)
         if train.tie_embeddings is not None:
             config = replace(config, tie_embeddings=train.tie_embeddings)
     return Origin(config, folder, folder if tokenizer_dir is None else find_checkpoint(tokenizer_dir, tokenizer_only=True))
+
+
+def check_name(model_name: str, config: Config, folder: Path) -> None:
+    """Raise a UserError if the name beside an initial checkpoint is not known; say so if it is that of another architecture."""
+    own = (config.name, folder.name, str(folder), "/".join(folder.absolute().parts[-2:]))
+    if model_name in own:
+        return
+    named = Config.from_name(model_name)
+    if any(getattr(named, field.name) != getattr(config, field.name) for field in fields(Config) if field.name not in SAYS_NOTHING):
+        print(f"The architecture is that of the model in {folder}, which is not the one called {model_name!r}.", file=sys.stderr)
+
+
+def with_vocabulary(origin: Origin, said: Callable[[str], None] | None) -> Origin:
+    """Return what a run begins with, whose config knows as many tokens as its tokenizer.
+
+    Args:
+        origin: What the run begins with.
+        said: Told if `vocab_size` was smaller; None where nobody chose that number.
+
+    Raises:
+        UserError: The model has not as many embeddings.
+    """
+    config = origin.config
+    if origin.tokenizer_dir is None or (n_tokens := highest_id(Tokenizer(origin.tokenizer_dir)) + 1) <= config.vocab_size:
+        return origin
+    if n_tokens > config.padded_vocab_size:
+        sizes = f"{counted(n_tokens, 'token')}, but the model {config.name} only {config.padded_vocab_size}"
+        raise UserError(f"The tokenizer in {origin.tokenizer_dir} knows {sizes}. Take the model's own, or a larger `vocab_size`.")
+    if said is not None:
+        said(f"`vocab_size` is raised from {config.vocab_size} to {n_tokens}, which is how many tokens the tokenizer knows.")
+    return replace(origin, config=replace(config, vocab_size=n_tokens))
 
 
 def new_model(config: Config, seed: int) -> GPT:
@@ -231,9 +284,6 @@ def read_samples(fabric: Fabric, data: DataModule, origin: Origin, train: TrainA
     """Return the samples to train on and those to validate on, each with one token more than it has targets."""
     config = origin.config
     tokenizer = Tokenizer(origin.tokenizer_dir) if origin.tokenizer_dir is not None else None
-    if tokenizer is not None and (n_tokens := highest_id(tokenizer) + 1) > config.padded_vocab_size:
-        sizes = f"{n_tokens} tokens, but the model {config.name} only {config.padded_vocab_size}"
-        raise UserError(f"The tokenizer in {origin.tokenizer_dir} knows {sizes}. Take the model's own, or a larger `vocab_size`.")
     data.connect(tokenizer, train.micro_batch_size, sample_length(train, config))
     samples, val_samples = prepared(fabric, data)
     if len(samples) == 0:

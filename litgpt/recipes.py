@@ -5,7 +5,8 @@ optimizer into the fields of `OptimizerArgs`.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -17,6 +18,7 @@ from litgpt.args import optimizer_fields
 from litgpt.errors import MissingFile, UserError, did_you_mean
 
 DATA = "litgpt.data"  # the package whose names `--data` accepts
+OF_MOST_DATA = ("mask_prompt", "prompt_style", "val_split_fraction", "seed", "ignore_index", "num_workers")  # options of data sets
 OLDER_NAMES = {"learning_rate": "lr", "weight_decay": "weight_decay", "beta1": "beta1", "beta2": "beta2"}  # of 2024, under `train`
 
 
@@ -121,14 +123,25 @@ def rewritten(options: Options, argv: list[str], recipe: Mapping[str, Any]) -> l
         takes = ", ".join(f"`{name}`" for name in options.positionals) or "none"
         raise UserError(f"`litgpt {options.command}` takes {takes} without a flag, but also got {surplus!r}.")
     fields.append(dict(zip(options.positionals, positionals)))
-    merged = merged_recipe(options, [*layers, *groups, *fields])
+    merged = merged_recipe(options, [*layers, *groups, *fields], {name for name, _ in flags})
+    for name, value in [*merged.items(), *flags]:
+        refuse_empty(name, value)
     flags.sort(key=lambda flag: flag[0].count("."))  # a class before its arguments
     return [f"--config={json.dumps(merged, default=str, ensure_ascii=False)}", *(f"--{name}={value}" for name, value in flags)]
 
 
-def merged_recipe(options: Options, layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return one recipe in which later layers win, and older names and every form of `optimizer` are today's fields."""
+def merged_recipe(options: Options, layers: Iterable[Mapping[str, Any]], flags: Set[str] = frozenset()) -> dict[str, Any]:
+    """Return one recipe in which later layers win, and older names and every form of `optimizer` are today's fields.
+
+    Says which options that most data sets have are lost where another data set takes a recipe's place.
+
+    Args:
+        options: The names that the command knows.
+        layers: Recipes, of which later ones win.
+        flags: The names of the flags that win over all of them.
+    """
     merged: dict[str, Any] = {}
+    lost: dict[str, Any] = {}  # options of the data set
     for layer in layers:
         options.check(layer)
         layer = {name: value for name, value in layer.items() if not (value is None and name in options.groups)}
@@ -142,7 +155,11 @@ def merged_recipe(options: Options, layers: Iterable[Mapping[str, Any]]) -> dict
             train = dict(layer.get("train", {}))
             older = {field: train.pop(name) for name, field in OLDER_NAMES.items() if name in train}
             layer |= {"train": train, "optimizer": older | optimizer}
+        lost |= _lost(merged.get("data"), layer.get("data"))
         merge(merged, layer)
+    given = {f"data.{name}" for name in _init_args(merged.get("data"))} | flags
+    if shown := [f"`--data.{name}` {value!r}" for name, value in lost.items() if f"data.{name}" not in given]:
+        print(f"Another data set takes the place of the recipe's, without that one's {', '.join(shown)}.", file=sys.stderr)
     optimizer = merged.get("optimizer", {})
     if {"beta1", "beta2"} & set(optimizer):
         first, second = optimizer.get("betas", options.betas)
@@ -163,6 +180,27 @@ def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
         if value.get("name", old.get("name")) != old.get("name"):
             old.pop("init_args", None)
         merge(old, value)
+
+
+def _init_args(data: Any) -> Mapping[str, Any]:
+    init_args = data.get("init_args") if isinstance(data, Mapping) else None
+    return init_args if isinstance(init_args, Mapping) else {}
+
+
+def _lost(old: Any, new: Any) -> dict[str, Any]:
+    """Return the options in a recipe's data set that another one has too, and does not inherit."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping) or _class_of(new, old) == _class_of(old):
+        return {}
+    return {name: value for name, value in _init_args(old).items() if name in OF_MOST_DATA and value is not None}
+
+
+def refuse_empty(name: str, value: Any) -> None:
+    """Raise a `UserError` for an option that names a file or folder and is empty text, for that would be the current folder."""
+    if value == "" and name.endswith(("_path", "_dir")):
+        raise UserError(f"`{name}` is empty, but names a file or folder. Write . for the current folder, or leave it out.")
+    if isinstance(value, Mapping):
+        for inner, part in value.items():
+            refuse_empty(f"{name}.{inner}", part)
 
 
 def _class_of(options: Mapping[str, Any], default: Mapping[str, Any] | None = None) -> str:

@@ -101,9 +101,9 @@ def inverse_frequencies(config: Config, length: int | None = None, local: bool =
     if not scaling:
         return plain, 1.0
     if scaling.get("dynamic"):
-        return _dynamic(n, base, scaling, config.block_size, length or config.block_size), 1.0
+        return _dynamic(n, base, scaling["factor"], config.block_size, length or config.block_size), 1.0
     if "low_freq_factor" in scaling:
-        return _llama3(plain, scaling), 1.0
+        return _llama3(plain, scaling, config.block_size), 1.0
     if "long_factor" in scaling:
         return _longrope(plain, scaling, config.block_size, length or config.block_size)
     if "beta_fast" in scaling or scaling.get("rope_type") == "yarn":
@@ -115,17 +115,16 @@ def _frequencies(n: int, base: float) -> Tensor:
     return 1.0 / base ** (torch.arange(0, n, 2, dtype=torch.int64, device="cpu").float() / n)
 
 
-def _dynamic(n: int, base: float, scaling: dict[str, Any], trained: int, length: int) -> Tensor:
+def _dynamic(n: int, base: float, factor: float, trained: int, length: int) -> Tensor:
     """NTK-aware scaling that grows with the sequence: the base is raised so that the slowest pair just covers it."""
-    factor, trained = scaling["factor"], scaling.get("original_max_seq_len") or trained
     longer = factor * max(length, trained) / trained - (factor - 1)
     return _frequencies(n, base * longer ** (n / (n - 2)))
 
 
-def _llama3(plain: Tensor, scaling: dict[str, Any]) -> Tensor:
+def _llama3(plain: Tensor, scaling: dict[str, Any], block_size: int) -> Tensor:
     """Llama 3.1: slow pairs are stretched, fast ones kept, and those between blended."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_seq_len"] * plain / (2 * math.pi)  # over the context of pretraining
+    turns = (scaling.get("original_max_seq_len") or block_size) * plain / (2 * math.pi)  # over the context of pretraining
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * plain / scaling["factor"] + kept * plain
 

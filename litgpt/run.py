@@ -1,9 +1,10 @@
-"""A training run as both training scripts see it: its folder, the step it goes on from, what it counts, shows, logs and saves."""
+"""A training run as both training scripts see it: its samples, the step it goes on from, what it counts, shows, logs and saves."""
 
 import hashlib
 import os
-import re
+import shlex
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
-import yaml
 from lightning import LightningDataModule
 from lightning.fabric import Fabric
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from torch.optim import Optimizer
 from litgpt import names
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
-from litgpt.errors import MissingFile, UserError, disk_error
+from litgpt.errors import UserError, disk_error
+from litgpt.files import read_yaml
 from litgpt.metrics import Meter, ProgressLine, report, validation_values
 from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
+from litgpt.run_folder import DECIDE, changed_options, no_folder, results_in
 from litgpt.run_state import latest_step, load_run_state, save_run_state, saved_parameters
 from litgpt.training import Feed, Limits, Sample, StopRequest, take_step, validate, validation_microbatches
 
@@ -31,66 +33,6 @@ try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None
-
-# The run's folder
-
-
-def run_folder(out_dir: Path) -> Path:
-    """Return where a run writes: `out_dir`, below LIGHTNING_ARTIFACTS_DIR if that is set and `out_dir` is relative."""
-    folder = Path(os.environ.get("LIGHTNING_ARTIFACTS_DIR", "")) / out_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"`out_dir` is a folder to write into, but {folder} cannot be one: {error.strerror}. Choose another.") from None
-    if not os.access(folder, os.W_OK | os.X_OK):  # one that was there before
-        raise UserError(f"`out_dir` is a folder to write into, but writing is not allowed in {folder}. Choose another.")
-    return folder
-
-
-def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: bool = False) -> Path | None:
-    """Return the step folder that a run goes on from, or None for a run that begins.
-
-    Args:
-        out_dir: The run's folder.
-        resume: True wants the last step in `out_dir`, "auto" takes it if there is one; a path names a step or another run's folder.
-        overwrite: Whether a new run may take the place of the one in `out_dir`.
-
-    Raises:
-        MissingFile: There is no such step.
-        UserError: `out_dir` holds a run, and neither option says what to do with it.
-    """
-    if resume in (True, "auto", "true"):
-        found = latest_step(out_dir)
-        if found is None and resume != "auto":
-            raise MissingFile(f"`resume` is true, but {out_dir} holds no step to go on from. Use auto to begin where there is none.")
-        if found is not None:
-            return found
-    elif resume not in (False, None, "false"):
-        folder = Path(resume)
-        found = folder if (folder / names.RUN_STATE / names.STATE).is_file() else latest_step(folder)
-        if found is None:
-            raise MissingFile(f"`resume` names {folder}, which is no step of a run and holds none, such as {names.STEP.format(100)}.")
-        if found.absolute().parent == out_dir.absolute():
-            return found
-    else:
-        found = None
-    if (results := results_in(out_dir)) and not overwrite:
-        ways = "Go on from its last step with `--resume true`, start over with `--overwrite true`, or choose another `--out_dir`."
-        raise UserError(f"{out_dir} already holds a run ({results[-1].name}). {ways}")
-    return found
-
-
-def results_in(out_dir: Path, unfinished: bool = False) -> list[Path]:
-    """Return the steps and final folders of a run, those too that were being written if `unfinished` are wanted."""
-    finished = f"{names.STEP.replace('{:06d}', '[0-9]+')}|{names.FINAL}|{names.BEST}"
-    pattern = rf"({finished})(\.old)?({re.escape(names.PARTIAL)})?" if unfinished else finished
-    return sorted(path for path in out_dir.glob("*") if path.is_dir() and re.fullmatch(pattern, path.name))
-
-
-def write_options(folder: Path, options: Mapping[str, Any]) -> None:
-    """Write the options of a run, as `--config` reads them."""
-    (folder / names.HYPERPARAMETERS).write_text(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
-
 
 # Data
 
@@ -157,6 +99,21 @@ def fingerprint(model: nn.Module, n_seen: int = 64) -> str:
     return found.hexdigest()[:12]
 
 
+def counted(n: int, noun: str) -> str:
+    """Return `1 sample` or `1,000 samples`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def check_finite(model: nn.Module, folder: Path) -> None:
+    """Raise a UserError if a weight of the model that was read from a folder is NaN or infinite, as none can be learned from."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"The weight {name!r} of the model in {folder} has numbers that are not finite, so it cannot be trained. "
+                "Download or convert the model again, or take another."
+            )
+
+
 def described(model: nn.Module, precision: str) -> str:
     """Return what is trained, and in which number types."""
     n_all = sum(parameter.numel() for parameter in model.parameters())
@@ -217,6 +174,7 @@ class Run:
         self.stop = StopRequest(answers=fabric.is_global_zero)
         self.open = ExitStack()
         self.lock: IO[str] | None = None
+        self.made = False  # whether this run made its folder
         self.validated: int | None = None  # the last step after which all samples were
 
     def __enter__(self) -> Self:
@@ -229,10 +187,22 @@ class Run:
         self.open.__exit__(*error)
         if self.lock is not None:
             self.lock.close()
+        if self.made and self.lock is not None and self.step == 0 and os.listdir(self.out_dir / "logs") == [".lock"]:  # nothing came of it
+            (self.out_dir / "logs" / ".lock").unlink()
+            with suppress(OSError):  # of what else is in it
+                (self.out_dir / "logs").rmdir()
+                self.out_dir.rmdir()
 
     def _lock(self) -> None:
-        """Refuse a folder that another run writes into. The lock is gone when this program ends, however it does."""
-        if not self.fabric.is_global_zero or fcntl is None:
+        """Make the run's folder, and refuse one that another run writes into. The lock is gone when this program ends, however it does."""
+        if not self.fabric.is_global_zero:
+            return
+        self.made = not self.out_dir.exists()
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise no_folder(self.out_dir, str(error.strerror)) from None
+        if fcntl is None:
             return
         with self._log_errors():
             (self.out_dir / "logs").mkdir(exist_ok=True)
@@ -251,20 +221,34 @@ class Run:
         """Go on from a step, or make room for a new run."""
         if resumed is not None:
             counters = load_run_state(self.fabric, resumed, self.model, self.optimizer)
-            if different := [name for name, value in self.same.items() if counters.get(name) != value]:
-                saved, here = counters.get(different[0]), self.same[different[0]]
-                raise UserError(
-                    f"{resumed} is of a run with {different[0]} {saved!r}, not {here!r}. Resume with the model, data and flags of that run."
-                )
+            before = read_yaml(resumed / names.HYPERPARAMETERS)
+            self._check_same(resumed, counters, before, hyperparameters)
             self.meter.step, self.meter.total_tokens = counters["step"], counters["total_tokens"]
             self.progress.say(f"Going on after step {self.step}, from {resumed}.")
+            if changed := changed_options(before, hyperparameters, "optimizer", "train"):
+                self.progress.say(f"Resuming with changed {', '.join(changed.values())}.")
         elif self.fabric.is_global_zero:
-            for path in results_in(self.out_dir, unfinished=True):  # `step_to_resume` asked for permission
+            for path in results_in(self.out_dir, unfinished=True):  # `step_to_resume` asked for permission, and `check_room` looked
                 shutil.rmtree(path)
         self.fabric.barrier()
         if type(self.fabric.logger).__name__ != "CSVLogger":  # which has no place for them
             with self._log_errors():
                 self.fabric.logger.log_hyperparams(dict(hyperparameters))
+
+    def _check_same(self, resumed: Path, counters: Mapping[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Refuse the step of a run that saw other samples or trained something else."""
+        name = next((name for name, value in self.same.items() if counters.get(name) != value), None)
+        if name is None:
+            return
+        why = ""
+        if "sample" in name:
+            changed = changed_options(before, now, "data", "seed", "train")
+            texts = [text for name, text in changed.items() if name.startswith("data.") or name in ("seed", "train.max_seq_length")]
+            why = f" (changed: {', '.join(texts)})" if texts else f" ({DECIDE} changed)"
+        raise UserError(
+            f"{resumed} is of a run with {name} {counters.get(name)!r}, not {self.same[name]!r}{why}. "
+            "Resume with the model, data and flags of that run."
+        )
 
     def feed(self, samples: Sequence[Sample], seed: int) -> Feed:
         """Return the microbatches of the steps to come, and start the clock."""
@@ -340,7 +324,7 @@ class Run:
         """Check the last steps. If the system asked this run to stop, save its step and leave the program, so that it can be resumed.
 
         Raises:
-            SystemExit: The system asked to stop, on whichever rank.
+            SystemExit: The system asked to stop, on whichever rank: 130 after Ctrl-C, 143 after SIGTERM.
         """
         self.non_finite.check()
         asked = self.fabric.all_reduce(torch.tensor(float(bool(self.stop)), device=self.fabric.device), reduce_op="sum").item()
@@ -348,7 +332,7 @@ class Run:
             folder = self.save() if self.step else None
             where = f"Its state is in {folder}: go on with `--resume true`." if folder else "Nothing was learned yet."
             self.progress.say(f"Stopped after step {self.step}, as asked. {where}")
-            raise SystemExit(130)
+            raise SystemExit(128 + (self.stop.number or signal.SIGTERM))  # as the shell says it of a program that a signal ended
         if feed.stopped:
             self.progress.say(f"Stopping after step {self.step}: `train.max_time` is over.")
 
@@ -373,7 +357,7 @@ class Run:
                     self.progress.say(f"{final} could not be written. The training is saved in {self.save()}: go on with `--resume true`.")
             raise
         self.fabric.barrier()
-        self.progress.say(f"{report(self.meter)}\nSaved {final}. Talk to it with: litgpt chat {final}")
+        self.progress.say(f"{report(self.meter)}\nSaved {final}. Talk to it with: litgpt chat {shlex.quote(str(final))}")
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Return what was trained, each parameter whole and on the CPU. All ranks must call this."""

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.errors import MissingFile, UserError, optional
-from litgpt.files import AGAIN, is_file, is_folder, read_bytes, read_json, read_text
+from litgpt.files import AGAIN, is_file, is_folder, kind_of, read_bytes, read_json, read_text
 
 Offsets = list[tuple[int, int]]  # for each token the characters it stands for, from and up to
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # how vocabularies with byte fallback spell a single byte
 BROKEN = "\ufffd"  # what the bytes of an unfinished character decode to
 MAX_ID = 2**31  # far above the number of any token, and still a number that the packages take
+CALLED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # by every tokenizer
 HELD = 16  # unfinished tokens after which the decoder looks for a part that can be shown
 
 
@@ -71,11 +72,12 @@ class Tokenizer:
         generation, described = read_json(own, repair=True), read_json(config, repair=True)
         text_config = described.get("text_config") or {}
         if not isinstance(text_config, dict):
-            raise UserError(f"{config} is damaged: its `text_config` is a {type(text_config).__name__}, not a mapping. {AGAIN}")
+            raise UserError(f"{config} is damaged: its `text_config` is {kind_of(text_config)}, not a mapping. {AGAIN}")
         described = described | text_config
         begins, ends = (
-            [i for i in _id_list(generation, key, own) or _id_list(described, key, config) if self._model.text(i) is not None]
+            [i for i in one or other if self._model.text(i) is not None]
             for key in ("bos_token_id", "eos_token_id")
+            for one, other in [(_id_list(generation, key, own), _id_list(described, key, config))]  # both are checked
         )
         named = {key: self._model.find(self.special_tokens.get(key, "")) for key in ("bos_token", "eos_token")}
         own_bos, own_eos = self._model.own_ends
@@ -387,6 +389,8 @@ def named_tokens(folder: Path) -> dict[str, str]:
     found = {}
     for name in (names.SPECIAL_TOKENS_MAP, names.TOKENIZER_CONFIG):
         for key, value in read_json(folder / name).items():
+            if key in CALLED and value is not None and _content(value) is None:
+                raise UserError(f"{folder / name} is damaged: its `{key}` is {value!r:.40}, not the text of a token. {AGAIN}")
             if key.endswith("_token") and (content := _content(value)) is not None:
                 found[key] = content
     return found

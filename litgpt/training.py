@@ -240,6 +240,7 @@ class StopRequest:
     def __init__(self, answers: bool = False) -> None:
         self.answers = answers
         self.requested = False
+        self.number: int | None = None  # of the signal
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -257,7 +258,7 @@ class StopRequest:
         if self.answers and not self.requested:
             with suppress(OSError):  # `print` is not to be called in a handler: the signal may have interrupted another one
                 os.write(2, b"\nStopping after this step ... Again to stop at once, which saves nothing.\n")
-        self.requested = True
+        self.requested, self.number = True, number
         self._give_back(number)
 
     def _give_back(self, number: int) -> None:

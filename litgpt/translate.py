@@ -36,7 +36,7 @@ def translate(stream: Iterable[tuple[str, Tensor]], rules: Iterable[Rule], confi
         if found is None and to_ours and is_skipped(name, rules):
             continue
         if found is None:
-            raise UserError(f"No rule renames the weight {name!r}. Add one to the family's table, or `ignored({name!r})`.")
+            raise _unknown(name, config)
         rule, i, numbers, leaf = found
         if to_ours and rule.count:
             *numbers, part = numbers
@@ -55,6 +55,15 @@ def translate(stream: Iterable[tuple[str, Tensor]], rules: Iterable[Rule], confi
         raise UserError(
             f"The weight {missing!r} is missing, without which {present!r} is of no use. Download or write the checkpoint again."
         )
+
+
+def _unknown(name: str, config: Config) -> UserError:
+    """Return what to raise for a weight that no rule renames."""
+    kind = f"{config.family} model" if config.family is not None else "model of this config"
+    return UserError(
+        f"The checkpoint holds a weight {name!r} that no {kind} has, so it is of another architecture, or damaged. "
+        f"(For developers: to read it, add a rule to the family's table, or `ignored({name!r})`.)"
+    )
 
 
 def names_of(rules: Iterable[Rule], to_ours: bool) -> dict[str, tuple[Rule, int]]:

@@ -186,17 +186,18 @@ def step_slices(opened: Any, file: Path) -> dict[str, tuple[list[int], list[int]
 
 
 @contextmanager
-def open_weights(file: Path, way: str = "Delete it and download it again.") -> Iterator[Any]:
+def open_weights(file: Path, way: str | None = None) -> Iterator[Any]:
     """Open a safetensors file.
 
     Args:
         file: The file.
-        way: The way out if it is damaged.
+        way: The way out if it is damaged; by default to download it again, or to use another step of a run.
 
     Raises:
         MissingFile: There is no such file.
         UserError: It is damaged, or may not be read.
     """
+    way = way or ("Use another step." if file.parent.name == names.RUN_STATE else "Delete it and download it again.")
     check_readable(file)
     try:
         with safe_open(file, framework="pt") as opened:

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from litgpt import LLM, cli, names
 from litgpt.checkpoint import find_adapter, load_model
 from litgpt.errors import MissingFile, UserError
+from litgpt.generate.run import load
 from litgpt.lora import LoRA, LoRALinear, add_lora
+from litgpt.prompts import Alpaca, ChatTemplate
 
 PROMPT = "What food do llamas eat?"
 
@@ -130,3 +132,46 @@ def test_an_adapter_that_does_not_fit_is_one_sentence(what, folder, adapter, tmp
     if what == "nowhere":
         with pytest.raises(MissingFile):
             find_adapter(given)
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A LoRA run in another prompt style than the base's."""
+    place = tmp_path_factory.mktemp("run")
+    (place / "data.json").write_text(json.dumps([dict(instruction=PROMPT, output=f"Grass {i}.") for i in range(4)]))
+    words = f"--data JSON --data.json_path {place / 'data.json'} --data.val_split_fraction 0.25 --out_dir {place / 'out'}"
+    limits = "--data.prompt_style alpaca "
+    limits += "--train.max_steps 1 --train.save_interval 1 --train.global_batch_size 1 --eval.max_new_tokens 2"
+    assert cli.main(["finetune", str(folder), *words.split(), *limits.split()]) == 0
+    return place / "out"
+
+
+@pytest.mark.parametrize("place", ["final", "final/adapter", "step-000001"])
+def test_an_adapter_brings_the_prompt_style_it_was_trained_in(folder, run, place):
+    assert isinstance(load(folder).style, ChatTemplate)
+    for speaker in (load(run / place), load(folder, adapter=run / place)):
+        assert isinstance(speaker.style, Alpaca)
+    assert isinstance(LLM.load(folder, adapter=run / place, distribute=None).prompt_style, Alpaca)
+
+
+@pytest.mark.parametrize("command", ["merge_lora", "convert_from_litgpt"])
+def test_what_is_made_of_an_adapter_keeps_its_prompt_style(folder, run, command, tmp_path):
+    shutil.copy(run / "final" / names.PROMPT_STYLE, tmp_path / "style")
+    adapter = shutil.copytree(run / "final" / names.ADAPTER, tmp_path / "adapter")
+    out = adapter if command == "merge_lora" else tmp_path / "out"
+    assert cli.main([command, str(adapter), *([] if out == adapter else [str(out)])]) == 0
+    assert (out / names.PROMPT_STYLE).read_text() == (tmp_path / "style").read_text()
+    assert isinstance(load(out).style, Alpaca)
+
+
+def test_a_chat_template_beside_an_adapter_counts_before_the_bases(folder, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    assert load(folder, adapter=copy).style.template == load(folder).style.template
+    (copy / names.CHAT_TEMPLATE).write_text("{{ messages[0]['content'] }}!")
+    assert load(folder, adapter=copy).style.apply("Hay") == "Hay!"
+
+
+def test_the_chat_template_that_an_adapter_was_trained_in_may_lie_in_its_base(folder, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    (copy / names.PROMPT_STYLE).write_text("class_path: litgpt.prompts.ChatTemplate\n")
+    assert load(folder, adapter=copy).style.apply("Hay") == load(folder).style.apply("Hay")

@@ -156,6 +156,30 @@ def test_damaged_files_are_refused(tmp_path):
         assert "config.json" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"hidden_size": "foo"}, r"`hidden_size` \(our `n_embd`\) is a positive whole number"),
+        ({"num_key_value_heads": 3}, r"`num_attention_heads` \(our `n_head`\) is a multiple of `num_key_value_heads` \(our `n_query_"),
+        ({"vocab_size": 0}, "`vocab_size` is a positive whole number"),
+        ({"rope_scaling": 5}, "`rope_parameters` is 5"),
+        ({"model_type": "strange"}, "says the `model_type` is 'strange'"),
+    ],
+)
+def test_wrong_values_in_config_json_are_named_with_the_file_and_as_they_are_spelled_there(tmp_path, changes, sentence):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama").to_hf() | changes))
+    with pytest.raises(UserError, match=sentence) as error:
+        Config.from_checkpoint(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "config.json")) and str(error.value).count("config.json") < 3
+
+
+def test_wrong_values_in_model_config_yaml_are_named_with_the_file(tmp_path):
+    (tmp_path / "model_config.yaml").write_text("n_layer: foo\n")
+    with pytest.raises(UserError, match="`n_layer` is a positive whole number") as error:
+        Config.from_checkpoint(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'model_config.yaml'}: ")
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(MissingFile, match=r"neither config.json nor model_config.yaml"):
         Config.from_checkpoint(tmp_path)

@@ -27,6 +27,18 @@ def test_fp8_blocks_are_what_transformers_makes_of_them(rows, columns, scales_fi
         assert torch.equal(ours["a.weight"], _dequantize_fp8_weight(weight, scale, (4, 8), torch.float32).bfloat16())
 
 
+@pytest.mark.parametrize("block", [[4, 8], None], ids=["blocks", "one scale"])
+def test_scales_may_be_powers_of_two_in_eight_bits(block):
+    weight = fp8_weight(8, 16)[0]
+    powers = torch.tensor([[0.5, 2.0], [1.0, 0.125]] if block else 0.25)
+    stored = powers.to(torch.float8_e8m0fnu)
+    expected, got = (
+        dict(dequantized([("a.weight", weight), ("a.weight_scale_inv", scale)], FP8 | dict(weight_block_size=block)))
+        for scale in (powers, stored)
+    )
+    assert torch.equal(got["a.weight"], expected["a.weight"])
+
+
 def test_one_scale_may_serve_a_whole_tensor_and_those_of_activations_are_dropped():
     weight, _ = fp8_weight(4, 4)
     stream = [("a.weight", weight), ("a.weight_scale_inv", torch.tensor(0.5)), ("a.activation_scale", torch.tensor(3.0))]

@@ -56,7 +56,7 @@ def refused(call, *words: str) -> str:
         (b"\xff\xfe{}", "not text in UTF-8, from byte 0"),
         (b"\xef\xbb\xbf{}", "not valid JSON"),
         (b"[]", "holds a list, but must hold a JSON object"),
-        (b"5", "holds a int"),
+        (b"5", "holds a number"),
         (b"null", "is empty"),
         (DEEP.encode(), "nested too deep"),
         (b'{"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "nested too deep"),
@@ -78,6 +78,9 @@ def test_json_that_is_no_object_is_refused(tmp_path, content, words, repair):
         ("a: [", "not valid YAML"),
         ("", "is empty"),
         ("[1]", "holds a list, but must hold a mapping"),
+        ("1", "holds a number, but must hold a mapping"),
+        ("a: 1\nb: 2\na: 3", "the key 'a' stands there twice"),
+        ("a: {b: 1, b: 1}", "the key 'b' stands there twice"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("a: 2024-99-99", "not valid YAML"),
         ("!!timestamp x", "not valid YAML"),
@@ -280,6 +283,9 @@ def test_a_file_is_not_overwritten_by_a_folder_and_a_link_keeps_its_place(tmp_pa
         (names.TOKENIZER_CONFIG, {"additional_special_tokens": "<s>"}, "`additional_special_tokens` is '<s>'"),
         (names.TOKENIZER_CONFIG, {"extra_special_tokens": 5}, "`extra_special_tokens` is 5"),
         (names.TOKENIZER_CONFIG, {"eos_token": "\ud800"}, "half a character"),
+        (names.TOKENIZER_CONFIG, {"eos_token": 5}, "`eos_token` is 5"),
+        (names.TOKENIZER_CONFIG, {"bos_token": ["<s>"]}, "`bos_token` is ['<s>']"),
+        (names.SPECIAL_TOKENS_MAP, {"eos_token": {"content": 5}}, "`eos_token` is {'content': 5}"),
         (names.SPECIAL_TOKENS_MAP, [], "holds a list"),
     ],
 )
@@ -288,6 +294,28 @@ def test_a_tokenizers_files_with_values_of_the_wrong_type_are_named(tmp_path, ki
     write(tmp_path, kind)
     (tmp_path / name).write_text(json.dumps(content))
     refused(lambda: Tokenizer(tmp_path), str(tmp_path / name), words)
+
+
+def test_the_ends_in_config_json_are_checked_beside_those_that_count(tmp_path):
+    write(tmp_path, "byte_level")
+    (tmp_path / names.GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": 2}))
+    (tmp_path / names.CONFIG).write_text(json.dumps({"eos_token_id": "foo"}))
+    refused(lambda: Tokenizer(tmp_path), str(tmp_path / names.CONFIG), "`eos_token_id` holds 'foo'")
+
+
+@pytest.mark.parametrize("template", [7, {"default": 7}, [{"name": "default", "template": 7}]])
+def test_a_chat_template_that_is_no_text_is_named(tmp_path, template):
+    write(tmp_path, "byte_level")
+    (tmp_path / names.TOKENIZER_CONFIG).write_text(json.dumps({"chat_template": template}))
+    refused(lambda: find_prompt_style(tmp_path), str(tmp_path / names.TOKENIZER_CONFIG), "`chat_template` is 7, not a text")
+
+
+def test_of_several_chat_templates_the_default_counts_however_they_are_written(tmp_path):
+    write(tmp_path, "byte_level")
+    both = {"tool_use": "tools", "default": "plain"}
+    for templates in (both, [dict(name=name, template=text) for name, text in both.items()]):
+        (tmp_path / names.TOKENIZER_CONFIG).write_text(json.dumps({"chat_template": templates}))
+        assert find_prompt_style(tmp_path).apply("x") == "plain"
 
 
 @pytest.mark.parametrize(
@@ -575,3 +603,17 @@ def test_a_token_store_with_other_files_is_refused(tmp_path, name, damage):
     build()
     damage(tmp_path / "key" / name)
     refused(build, str(tmp_path / "key"), "is damaged", "built anew")
+
+
+def test_yaml_may_name_a_part_again_and_override_what_it_merges(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: &a {b: 1, c: 2}\nd: {<<: *a, b: 3}\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": {"b": 1, "c": 2}, "d": {"b": 3, "c": 2}}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can write")
+def test_a_folder_that_cannot_be_made_is_one_sentence():
+    def make():
+        with atomic_folder(Path("/proc/nowhere/folder")):
+            pass
+
+    refused(make, "/proc/nowhere/folder could not be written: ")

@@ -60,7 +60,8 @@ def run(base: Path, texts: Path, tmp_path: Path):
     def run(out_dir: str = "out", train: dict = {}, **options: Any) -> Path:  # noqa: B006
         if "initial_checkpoint_dir" in options:
             options = {"model_config": None} | options  # the checkpoint's architecture is kept
-        pretrain.setup("pythia-14n", **arguments(base, texts, tmp_path / out_dir, train) | options)
+        name = options.pop("name", "pythia-14m")
+        pretrain.setup(name, **arguments(base, texts, tmp_path / out_dir, train) | options)
         return tmp_path / out_dir
 
     return run
@@ -240,7 +241,9 @@ def test_the_names_are_listed(capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(model_config=None), "Did you mean"),
+        (dict(model_config=None, name="pythia-14n"), "Did you mean"),
+        (dict(model_config=Config(name="x", **TINY, padded_vocab_size=320, family="llama")), "`family` is 'llama', which cannot express"),
+        (dict(resume="auto", overwrite=True), "Give one"),
         (dict(model_config=Config(name="two"), initial_checkpoint_dir=Path("anything")), "Give one of them"),
         (dict(data=None), "--data TextFiles"),
         (dict(eval=EvalArgs(max_new_tokens=10)), "max_new_tokens"),
@@ -250,9 +253,10 @@ def test_the_names_are_listed(capsys: pytest.CaptureFixture):
         (dict(tokenizer_dir="no/such"), "no/such"),
     ],
 )
-def test_options_that_cannot_be_followed_are_refused(run, options: dict, message: str):
+def test_options_that_cannot_be_followed_are_refused_and_leave_no_folder(run, options: dict, message: str, tmp_path: Path):
     with pytest.raises(UserError, match=message):
         run(**options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_added_tokens_count_among_those_that_the_model_has_to_know(run, tmp_path: Path):
@@ -280,3 +284,94 @@ def test_instructions_are_refused(run, tmp_path: Path):
     (tmp_path / "samples.json").write_text(json.dumps([{"instruction": "Say yes", "output": "yes"}] * 4))
     with pytest.raises(UserError, match="litgpt finetune"):
         run(data=JSON(json_path=tmp_path / "samples.json", val_split_fraction=0.5))
+
+
+def test_a_name_beside_an_initial_checkpoint_has_to_be_known_and_its_architecture_does_not_count(
+    run, base: Path, capsys: pytest.CaptureFixture
+):
+    with pytest.raises(UserError, match="'x' is not a known model name"):
+        run(initial_checkpoint_dir=base, name="x")
+    run("known", initial_checkpoint_dir=base, name="pythia-14m", train=dict(max_steps=1))
+    assert f"The architecture is that of the model in {base}, which is not the one called 'pythia-14m'." in capsys.readouterr().err
+    run("own", initial_checkpoint_dir=base, name=base.name, train=dict(max_steps=1))
+    assert "architecture" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"), [(dict(parallel_residual=True), "parallel_residual"), (dict(norm_class_name="LayerNorm"), "norm_class_name")]
+)
+def test_a_family_that_cannot_express_the_config_is_refused_and_none_is_said(
+    run, tmp_path: Path, changes: dict, name: str, capsys: pytest.CaptureFixture
+):
+    of_llama = dict(norm_class_name="RMSNorm", bias=False, mlp_class_name="LLaMAMLP", rotary_percentage=1.0, parallel_residual=False)
+    sizes = dict(name="tiny", **TINY, padded_vocab_size=320)
+    with pytest.raises(UserError, match=f"`family` is 'llama', which cannot express that `{name}` is"):
+        run(model_config=Config(**sizes, **of_llama | changes, family="llama"))
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    final = run(model_config=Config(**sizes, **of_llama | changes), train=dict(max_steps=1)) / "final"
+    said = capsys.readouterr().out.splitlines()
+    assert "only this library will be able to use it" in said[1]
+    assert json.loads((final / "config.json").read_text())["model_type"] == "litgpt"
+    run("fits", model_config=Config(**sizes, **of_llama, family="llama"), train=dict(max_steps=1))
+    assert "only this library" not in capsys.readouterr().out
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_raised_to_it(run, tmp_path: Path, capsys: pytest.CaptureFixture):
+    final = run(model_config=Config(name="tiny", **TINY, vocab_size=10, padded_vocab_size=320), train=dict(max_steps=1)) / "final"
+    assert "`vocab_size` is raised from 10 to 300" in capsys.readouterr().out
+    assert_loads_in_transformers(final)
+
+
+def test_the_initial_checkpoint_the_tokenizer_and_the_texts_are_not_deleted(run, base: Path, texts: Path, tmp_path: Path):
+    run(train=dict(max_steps=1))
+    (final := tmp_path / "out" / "final").joinpath("text.txt").write_bytes((texts / "text.txt").read_bytes())
+    before = sorted(path.name for path in final.iterdir())
+    reading = [
+        dict(initial_checkpoint_dir=final, tokenizer_dir=None),
+        dict(tokenizer_dir=final),
+        dict(data=TextFiles(final, num_workers=0)),
+        dict(data=TextFiles(texts, val_data_path=final / "text.txt", num_workers=0)),
+    ]
+    for options in reading:
+        with pytest.raises(UserError, match="`overwrite` would delete .*final, but this run reads"):
+            run(overwrite=True, **options)
+    assert sorted(path.name for path in final.iterdir()) == before
+    run(overwrite=True, train=dict(max_steps=1))
+    assert not (final / "text.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--data.train_data_path", ""], ["--data", '{"class_path": "TextFiles", "init_args": {"train_data_path": ""}}']]
+)
+def test_an_empty_path_is_not_the_current_folder(words: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.txt").write_text("not to be read " * 100)
+    data = [] if "--data" in words else ["--data", "TextFiles"]
+    assert cli.main(["pretrain", "pythia-14m", *data, *words]) == 2
+    assert "train_data_path` is empty" in capsys.readouterr().err
+    with pytest.raises(UserError, match="`train_data_path` is empty"):
+        TextFiles("")
+
+
+def test_a_resumed_run_says_what_other_samples_it_would_see(run):
+    train = dict(max_steps=2, save_interval=1)
+    run(train=train)
+    with pytest.raises(UserError, match=r"\(changed: train.max_seq_length null -> 32\). Resume with the model"):
+        run(train=train | dict(max_seq_length=32), resume=True)
+
+
+def test_experts_are_balanced_unless_told_otherwise(run, tmp_path: Path):
+    of_mixtral = dict(norm_class_name="RMSNorm", bias=False, mlp_class_name="LLaMAMoE", rotary_percentage=1.0, parallel_residual=False)
+    of_mixtral |= dict(n_expert=4, n_expert_per_token=2, norm_topk_prob=True)
+    tiny = Config(name="tiny", **TINY, padded_vocab_size=320, **of_mixtral, family="mixtral")
+    found = {}
+    for balance in (None, 0.001, 0.0):
+        out_dir = run(str(balance), model_config=tiny, train=dict(max_steps=3, expert_balance=balance))
+        found[balance] = weights(out_dir / "final")
+    assert Config.from_checkpoint(out_dir / "final").family == "mixtral"
+    same = {name for name, tensor in found[None].items() if torch.equal(tensor, found[0.001][name])}
+    differs = {name for name, tensor in found[None].items() if not torch.equal(tensor, found[0.0][name])}
+    assert same == set(found[None]) and any("gate" in name for name in differs)
+    with pytest.raises(UserError, match="`train.expert_balance` is a number of at least 0, but got -1"):
+        run(model_config=tiny, train=dict(expert_balance=-1.0))

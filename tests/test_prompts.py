@@ -650,6 +650,17 @@ def test_a_saved_chat_template_is_read_from_the_checkpoint(tmp_path):
     assert load_prompt_style(tmp_path).apply("x") == "<s>on"
 
 
+@pytest.mark.parametrize("choose", [PromptStyle.from_name, lambda name: find_prompt_style("nowhere", explicit=name)])
+def test_an_unknown_style_is_answered_with_the_nearest_and_a_page_that_lists_all(choose):
+    with pytest.raises(
+        UserError, match=r"'lama3' is not a prompt style.* Did you mean 'llama3' or .*prepare_dataset.md lists all"
+    ) as caught:
+        choose("lama3")
+    assert len(str(caught.value)) < 250
+    page = (Path(__file__).parents[1] / "tutorials" / "prepare_dataset.md").read_text()
+    assert [name for name in prompts.prompt_styles if f"`{name}`" not in page and name != "pirate"] == []
+
+
 @pytest.mark.parametrize("path", ["os.system", "litgpt.prompts.os", "litgpt.model.GPT", "antigravity.Style", "litgpt.prompts.Nothing"])
 def test_a_checkpoint_cannot_name_any_class(tmp_path, path):
     (tmp_path / "prompt_style.yaml").write_text(f"class_path: {path}")

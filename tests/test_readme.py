@@ -217,8 +217,8 @@ def run_line(line: str, place: str) -> None:
 
 def flags_for(argv: list[str]) -> list[str]:
     asks_for_help = argv[-1] == "-h" or any(word.endswith("help") for word in argv)
-    new_model = ["--model_config", "tiny.yaml"] if argv[0] == "pretrain" and "--initial_checkpoint_dir" not in argv else []
-    return [] if asks_for_help else SHRUNK.get(argv[0], "").split() + new_model
+    is_new = argv[0] == "pretrain" and not {"--initial_checkpoint_dir", "--model_config"} & set(argv)
+    return [] if asks_for_help else SHRUNK.get(argv[0], "").split() + is_new * ["--model_config", "tiny.yaml"]
 
 
 def prepare_process(argv: list[str], variables: dict[str, str]) -> None:

@@ -101,7 +101,7 @@ def test_layers_that_predict_further_ahead_are_skipped(model_type, tmp_path):
         ("deepseek_v3", dict(topk_method="greedy"), "`topk_method` is 'greedy'"),
         ("deepseek_v3", dict(moe_layer_freq=2), "`moe_layer_freq` is 2"),
         ("deepseek_v3", dict(n_shared_experts=0), "`n_shared_experts` are above 0"),
-        ("deepseek_v3", dict(num_key_value_heads=2), "`n_query_groups` is `n_head` where keys are made from a latent, but got 2 and 4"),
+        ("deepseek_v3", dict(num_key_value_heads=2), "is `num_attention_heads` .* where keys are made from a latent, but got 2 and 4"),
         ("gpt_oss", dict(swiglu_alpha=1.0), "`swiglu_alpha` is 1.0"),
         ("lfm2", dict(layer_types=["conv", "mamba", "conv"]), "`layer_types` says for each of 3 layers"),
         ("lfm2", dict(layer_types=None, full_attn_idxs=3), "`full_attn_idxs` lists layers"),

@@ -151,7 +151,7 @@ def test_a_config_that_no_family_expresses_keeps_our_names():
 
 def test_an_unknown_weight_is_named():
     config = tiny_config("llama")
-    with pytest.raises(UserError, match=r"No rule renames the weight 'model.layers.0.strange.weight'.*ignored\("):
+    with pytest.raises(UserError, match=r"holds a weight 'model.layers.0.strange.weight' that no llama model has.*ignored\("):
         list(translate([("model.layers.0.strange.weight", torch.ones(1))], config.rules, config, to_ours=True))
 
 

@@ -170,6 +170,7 @@ class Config:
 
     def __post_init__(self) -> None:
         complete(self, DEFAULTS)
+        self.wanted_family = self.family  # as it was given; `replace` gives the one that was found
         self.family = _expressing_family(self)
 
     @classmethod
@@ -206,7 +207,11 @@ class Config:
         mapping = read_yaml(path)
         if not mapping:
             raise UserError(f"{path} is empty. Copy the file from the checkpoint again.")
-        return cls(**_accepted(cls, from_litgpt(mapping) | overrides, str(path)))
+        values = _accepted(cls, from_litgpt(mapping) | overrides, str(path))
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **overrides: Any) -> "Config":
@@ -228,8 +233,12 @@ class Config:
             return cls.from_file(litgpts, **overrides)
         if not is_file(theirs):
             raise MissingFile(f"{path} is not a checkpoint directory: it holds neither {names.CONFIG} nor {names.LIT_CONFIG}.")
-        mapping = read_json(theirs)
-        return cls.from_hf(mapping, **_identity(path) | overrides)
+        mapping, identity = read_json(theirs), _identity(path)
+        try:
+            return cls.from_hf(mapping, **identity | overrides)
+        except UserError as error:
+            head, found, says = str(error).partition(names.CONFIG)
+            raise UserError(f"{theirs}{says}" if found and not head else f"{theirs}: {error}") from None
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any], **overrides: Any) -> "Config":
@@ -246,7 +255,11 @@ class Config:
             return cls(**{name: deepcopy(mapping[name]) for name in DEFAULTS if name in mapping} | _accepted(cls, overrides))
         family = _family_of_type(mapping)
         refuse_quantization(mapping.get("quantization_config"))
-        return cls(**_accepted(cls, dict(family=family.model_type) | family.read(mapping) | overrides))
+        values = _accepted(cls, dict(family=family.model_type) | family.read(mapping) | overrides)
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(family.in_their_words(str(error), mapping)) from None
 
     def to_hf(self, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return a `config.json` that transformers 4 and 5 read.
@@ -263,7 +276,20 @@ class Config:
                 f"No architecture of Hugging Face's can express this config, whose `{field_name}` is {getattr(self, field_name)!r}, "
                 "so it can be saved but not exported."
             )
-        return FAMILIES[self.family].write(_folded(self), source)
+        family = FAMILIES[self.family]
+        return family.write(_folded(self), source, lambda written: _meaning(family, written))
+
+    def check_family(self) -> None:
+        """Raise a `UserError` if the `family` that was given cannot express this config, so that another one or none takes its place."""
+        if self.wanted_family in (None, self.family):
+            return
+        family = FAMILIES[self.wanted_family]
+        wrong = _inexpressible(self, family)
+        name = next((name for name in wrong if getattr(self, name) != family.base.get(name, getattr(self, name))), wrong[0])
+        raise UserError(
+            f"`family` is {family.model_type!r}, which cannot express that `{name}` is {getattr(self, name)!r}. "
+            "Change that field, or leave `family` out."
+        )
 
     def to_own(self) -> dict[str, Any]:
         """Return a `config.json` of our own, for a config that no family can express."""
@@ -344,7 +370,9 @@ def refuse_quantization(quantization_config: Mapping[str, Any] | None) -> None:
     """
     if quantization_config is None:
         return
-    method = quantization_config.get("quant_method", "unknown") if isinstance(quantization_config, Mapping) else quantization_config
+    if not isinstance(quantization_config, Mapping):
+        raise UserError(f"`quantization_config` is a mapping in config.json, but got {quantization_config!r}.")
+    method = quantization_config.get("quant_method", "unknown")
     if method not in QUANTIZATIONS:
         raise UserError(f"The weights are quantized by {method!r}, which cannot be read. Use the model that is not quantized.")
 
@@ -434,11 +462,20 @@ def _inexpressible(config: Config, family: Family) -> list[str]:
     """Return the fields that a family's `config.json` would not bring back as they are."""
     ours = _folded(config)
     try:
-        back = SimpleNamespace(**DEFAULTS | family.read(family.write(ours)))
+        back = _meaning(family, family.write(ours)) or {}
+    except UserError:  # the family has no words for it
+        back = {}
+    return [name for name in DEFAULTS if name not in NOT_COMPARED and ours[name] != back.get(name)]
+
+
+def _meaning(family: Family, mapping: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return all fields that a `config.json` of a family stands for, or None if it cannot be read."""
+    try:
+        back = SimpleNamespace(**DEFAULTS | family.read(mapping))
         complete(back, DEFAULTS)
     except UserError:
-        back = SimpleNamespace()
-    return [name for name in DEFAULTS if name not in NOT_COMPARED and ours[name] != getattr(back, name, None)]
+        return None
+    return vars(back)
 
 
 def _folded(config: Config) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def _read_json(path: Path) -> tuple[list[str], list]:
     except json.JSONDecodeError as error:
         hint = " If each line is a record, name it `.jsonl`." if error.msg == "Extra data" else ""
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {_too_much(error)}") from None
     if not isinstance(records, list):
         raise UserError(f"{path} must hold a list of records, but holds a {type(records).__name__}. Put the records in [ ].")
     return [f"record {number}" for number in range(1, len(records) + 1)], records
@@ -104,8 +106,16 @@ def _read_jsonl(path: Path) -> tuple[list[str], list]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not valid JSON in line {number}, column {error.colno}: {error.msg}.") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read, line {number}: {_too_much(error)}") from None
         places.append(f"line {number}")
     return places, records
+
+
+def _too_much(error: ValueError | RecursionError) -> str:
+    """Return what valid JSON has too much of for Python to read it."""
+    what = "its values are nested too deep" if isinstance(error, RecursionError) else "a number in it has thousands of digits"
+    return f"{what}. A record has the keys `instruction` and `output`, or `messages`."
 
 
 def _read_parquet(path: Path) -> tuple[list[str], list]:

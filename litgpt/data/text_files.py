@@ -27,7 +27,7 @@ class TextFiles(DataModule):
     """
 
     train_data_path: Path
-    """The folder with the `.txt` files, or a single one. Folders inside it are not read."""
+    """The folder with the `.txt` files, or a single file of text. Folders inside it are not read."""
     val_data_path: Path | None = None
     """The same for validation. By default the end of the training texts is held out: about 5 %."""
     seed: int = 42
@@ -37,6 +37,9 @@ class TextFiles(DataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        for name in ("train_data_path", "val_data_path"):
+            if getattr(self, name) == "":  # which would be the current folder
+                raise UserError(f"`{name}` is empty. Name the folder with the {SUFFIX} files.")
         self.collate_fn: Callable = torch.stack
 
     def prepare_data(self) -> None:
@@ -61,7 +64,8 @@ class TextFiles(DataModule):
 
     def _windows(self, store: TokenStore, start: int, end: int, path: Path) -> TokenDataset:
         if len(store) < FEWEST:
-            raise UserError(f"The texts in {path} have only {len(store)} tokens, but it takes at least {FEWEST}. Add text.")
+            n = f"{len(store)} token{'' if len(store) == 1 else 's'}"
+            raise UserError(f"The texts in {path} have only {n}, but it takes at least {FEWEST}. Add text.")
         return TokenDataset(store, fitting_length(end - start, self.max_seq_length), start, end)
 
     def _files(self) -> list[list[Path]]:

@@ -38,6 +38,14 @@ class Field:
         value = next((value for value in spelled if value is not None), None) if spelled else self.default
         return dict.fromkeys(self.ours, self.parse(value))
 
+    def silent(self, mapping: Mapping[str, Any]) -> bool:
+        """Return whether a `config.json` leaves the entry out."""
+        return not any(_look_up(mapping, spelling)[0] for spelling in self.theirs)
+
+    def wrong(self, fields: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+        """Return whether the one of our fields that is written has another value there."""
+        return fields[self.ours[0]] != others[self.ours[0]]
+
     def write(self, mapping: dict[str, Any], fields: Mapping[str, Any]) -> None:
         """Put our fields into their `config.json` in all spellings; what says the same already stays as it is."""
         value = fields[self.ours[0]]
@@ -75,12 +83,20 @@ class Joint:
     """Returns our fields of their `config.json`."""
     format: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Returns their entries of our fields."""
-    anew: bool = False
+    anew: Callable[[Mapping[str, Any]], bool] = lambda mapping: False
     """Whether the entries are written even where they say the same already, for we read more spellings than transformers does."""
 
     def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         """Return our fields of their `config.json`."""
         return self.parse(mapping)
+
+    def silent(self, mapping: Mapping[str, Any]) -> bool:
+        """Return whether a `config.json` leaves all entries out."""
+        return not any(key in mapping for key in self.theirs)
+
+    def wrong(self, fields: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+        """Return whether one of our fields has another value there."""
+        return any(fields[name] != others[name] for name in self.ours)
 
     def write(self, mapping: dict[str, Any], fields: Mapping[str, Any]) -> None:
         """Put our fields into their `config.json`, unless it says the same already."""
@@ -88,7 +104,7 @@ class Joint:
             same = any(key in mapping for key in self.theirs) and all(fields[name] == v for name, v in self.parse(mapping).items())
         except UserError:  # the source says what we cannot read; the config at hand says something else
             same = False
-        if self.anew or not same:
+        if not same or self.anew(mapping):
             mapping.update(self.format(fields))
 
 
@@ -161,13 +177,48 @@ class Family:
             fields |= row.read(text or {})
         return fields
 
-    def write(self, fields: Mapping[str, Any], source: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def in_their_words(self, sentence: str, mapping: Mapping[str, Any]) -> str:
+        """Return a sentence about our fields that names the entries they come from too, as in "`hidden_size` (our `n_embd`)".
+
+        Args:
+            sentence: The names of fields stand between backticks.
+            mapping: The `config.json` that was read.
+        """
+        text = mapping.get("text_config") if mapping.get("model_type") in self.wrappers else mapping
+        for row in (row for row in self.fields if isinstance(row, Field)) if isinstance(text, Mapping) else ():
+            there = [spelling for spelling in row.theirs if _look_up(text, spelling)[1] is not None]
+            for ours in row.ours if there else ():
+                if ours != there[0]:
+                    sentence = sentence.replace(f"`{ours}`", f"`{there[0]}` (our `{ours}`)", 1)
+        return sentence
+
+    def write(
+        self,
+        fields: Mapping[str, Any],
+        source: Mapping[str, Any] | None = None,
+        meaning: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda written: None,
+    ) -> dict[str, Any]:
         """Return a `config.json` that transformers 4 and 5 read.
 
         Args:
             fields: Our `Config` fields.
             source: The `config.json` to start from. What no row maps is kept of one of this type; of another type only the token ids are.
+            meaning: Returns all our fields of a `config.json`, or None of one that cannot be read. What the source leaves out is left out
+                again where the result means the same.
         """
+        of_this_type = source is not None and source.get("model_type") in (self.model_type, *self.wrappers)
+        text = ((source or {}).get("text_config") or {}) if of_this_type and source["model_type"] in self.wrappers else source or {}
+        silent = [row for row in self.fields if of_this_type and row.silent(text)]
+        while True:
+            written = self._written(fields, source, silent)
+            back = meaning(written) if silent else None
+            still = [row for row in silent if back is not None and not row.wrong(fields, back)]
+            if len(still) == len(silent):
+                return written
+            silent = still
+
+    def _written(self, fields: Mapping[str, Any], source: Mapping[str, Any] | None, silent: list[Field | Joint]) -> dict[str, Any]:
+        """Return a `config.json` to which these rows add nothing."""
         source = deepcopy(dict(source or {}))
         wrapped = source.get("model_type") in self.wrappers
         if wrapped and self.read(source)["tie_embeddings"] != fields["tie_embeddings"]:
@@ -177,7 +228,8 @@ class Family:
             kept = NO_TOKENS | {key: value for key, value in source.items() if key in TOKEN_IDS}
         written = dict(kept) if wrapped else {"architectures": self.architectures[:1], "model_type": self.model_type} | kept
         for row in self.fields:
-            row.write(written, fields)
+            if not any(row is other for other in silent):
+                row.write(written, fields)
         result = source | {"text_config": written} if wrapped else written
         return {key: value for key, value in result.items() if key not in NOT_CARRIED}
 

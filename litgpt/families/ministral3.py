@@ -1,5 +1,8 @@
 """Ministral 3: the Llama block, whose queries grow with the position as in Llama 4; published with eyes, as `mistral3`."""
 
+from typing import Any
+
+from litgpt.errors import UserError
 from litgpt.families.family import Brand, Family, field
 from litgpt.families.mistral import EYES, PREFIXES
 from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, LLAMA_WEIGHTS, parse_rope, stretched, with_defaults
@@ -7,12 +10,24 @@ from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, LLAMA_WEIGHTS, pars
 YARN = dict(factor=16.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
 DEFAULT = dict(type="yarn", original_max_position_embeddings=16384) | YARN
 
+
+def parse_growing_rope(value: Any) -> dict[str, Any] | None:
+    """Return `rope_adjustments`, of which YaRN alone may make queries grow."""
+    adjustments, growth = parse_rope(value), value.get("llama_4_scaling_beta") if isinstance(value, dict) else None
+    if growth and "llama_4_scaling_beta" not in (adjustments or {}):
+        kind = value.get("rope_type", value.get("type", "default"))
+        raise UserError(
+            f"`llama_4_scaling_beta` is {growth!r} in config.json beside the `rope_type` {kind!r}, but it is supported beside 'yarn' only."
+        )
+    return adjustments
+
+
 MINISTRAL_3 = Family(
     model_type="ministral3",
     architectures=["Ministral3ForCausalLM"],
     fields=[
         *with_defaults(
-            stretched(LLAMA_FIELDS, DEFAULT, parse_rope),
+            stretched(LLAMA_FIELDS, DEFAULT, parse_growing_rope),
             vocab_size=131072,
             num_hidden_layers=34,
             head_dim=128,

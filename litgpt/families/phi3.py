@@ -118,7 +118,9 @@ PHI_3 = Family(
         field("num_key_value_heads", "n_query_groups"),
         field("max_position_embeddings", "block_size", default=4096),
         field("sliding_window", "sliding_window_size"),
-        Joint((TRAINED, "rope_scaling", "rope_parameters"), ("rope_adjustments",), parse_longrope, format_longrope, anew=True),
+        Joint(
+            (TRAINED, "rope_scaling", "rope_parameters"), ("rope_adjustments",), parse_longrope, format_longrope, True, ("rope_scaling",)
+        ),
         *rope_fields(["rope_theta"], ["partial_rotary_factor"])[1:],
     ],
     weights=[

@@ -51,8 +51,8 @@ def given(key: str) -> Callable[[Any], Any]:
 
 ROPE_KEYS = {
     "linear": (["factor"], []),
-    "dynamic": (["factor"], ["original_max_seq_len"]),
-    "llama3": (["factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"], []),
+    "dynamic": (["factor"], []),
+    "llama3": (["factor", "low_freq_factor", "high_freq_factor"], ["original_max_seq_len"]),
     "longrope": (["short_factor", "long_factor"], ["factor", "original_max_seq_len", "attention_factor"]),
     "yarn": (
         ["factor"],
@@ -68,7 +68,8 @@ ROPE_KEYS = {
         ],
     ),
 }
-ROPE_SPELLINGS = {"original_max_seq_len": "original_max_position_embeddings"}  # the others are spelled as we spell them
+TRAINED = "original_max_position_embeddings"  # how long sequences were before positions were stretched
+ROPE_SPELLINGS = {"original_max_seq_len": TRAINED}  # the others are spelled as we spell them
 YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # without them nothing would tell yarn from linear
 
 
@@ -118,6 +119,33 @@ def format_rope(adjustments: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"rope_type": kind} | {theirs: adjustments[ours] for ours, theirs in keys.items()}
 
 
+class Scaling(Field):
+    """The row for `rope_adjustments`, of which the length of pretraining may stand outside the mapping, and then counts more."""
+
+    def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        """Return our field of their `config.json`."""
+        return {name: _as_trained(adjustments, mapping) for name, adjustments in super().read(mapping).items()}
+
+    def write(self, mapping: dict[str, Any], fields: Mapping[str, Any]) -> None:
+        """Put our field into their `config.json`; a length of pretraining that has changed is changed wherever it stands."""
+        adjustments = fields[self.ours[0]]
+        trained = (adjustments or {}).get("original_max_seq_len")
+        if trained is not None and mapping.get(TRAINED) not in (None, trained):
+            for place in (mapping, *(mapping.get(spelling) for spelling in self.theirs)):
+                if isinstance(place, dict) and place.get(TRAINED) is not None:
+                    place[TRAINED] = trained
+        elif trained is None and _as_trained(adjustments, mapping) != adjustments:
+            del mapping[TRAINED]
+        Field.write(replace(self, parse=lambda said: _as_trained(self.parse(said), mapping)), mapping, fields)
+
+
+def _as_trained(adjustments: dict[str, Any] | None, mapping: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return `rope_adjustments` with the length of pretraining that stands outside of them, if it does and their kind has one."""
+    if adjustments is None or mapping.get(TRAINED) is None or "original_max_seq_len" not in sum(ROPE_KEYS[rope_type(adjustments)], []):
+        return adjustments
+    return adjustments | dict(original_max_seq_len=whole(mapping, TRAINED, 0, most=2**31))
+
+
 def rope_fields(base: list[str], share: list[str] | None = None, default_share: float = 1.0, default_base: float = 10000) -> list[Field]:
     """Return the rows for rotary embeddings. The scaling comes first: what it writes is then completed by the others.
 
@@ -133,7 +161,7 @@ def rope_fields(base: list[str], share: list[str] | None = None, default_share: 
         return {key: value for key, value in said.items() if key not in nested}
 
     rows = [
-        field(["rope_scaling", "rope_parameters"], "rope_adjustments", parse=parse_still_rope, format=format_rope, respell=respell),
+        Scaling(("rope_scaling", "rope_parameters"), ("rope_adjustments",), None, parse_still_rope, format_rope, respell),
         field(["rope_parameters.rope_theta", *base], "rope_base", default=default_base, parse=whole_if_equal, format=float),
     ]
     if share is not None:

@@ -25,7 +25,18 @@ from litgpt.loss import IGNORED
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
 from litgpt.prompts import PromptStyle, encode_prompt, save_prompt_style, save_stop_tokens
-from litgpt.run import Run, check_ids, described, digest, fingerprint, prepared, run_folder, sample_length, step_to_resume, write_options
+from litgpt.run import (
+    Run,
+    check_finite,
+    check_ids,
+    counted,
+    described,
+    digest,
+    fingerprint,
+    prepared,
+    sample_length,
+)
+from litgpt.run_folder import check_room, run_folder, step_to_resume, write_options
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, Sample, check_limits, forward_backward, seed_generators
@@ -97,7 +108,7 @@ def finetune(
         num_nodes: How many machines take part.
         resume: Go on with a run, bit for bit as if it had not been interrupted: `true` from the last step in `out_dir`, `auto` the
             same but starting anew if there is none, or the path of a step. Give the other flags as before.
-        overwrite: Whether to delete the run that `out_dir` holds, and start over.
+        overwrite: Whether to delete the run that `out_dir` holds, and start over. What the run itself reads is never deleted.
         data: The samples to learn from. By default Alpaca, 52 thousand instructions with answers.
         train: Batch sizes, limits, schedule and intervals.
         eval: When and how to validate.
@@ -120,18 +131,22 @@ def finetune(
     if (folder / names.ADAPTER_CONFIG).is_file() and not (folder / names.CONFIG).is_file():
         raise UserError(f"{folder} holds the updates of a model, not a model. Merge them first: litgpt merge_lora {folder}")
     hyperparameters |= method.options | {"checkpoint_dir": str(folder)}
+    data = data or Alpaca()
+    if resumed is None:
+        check_room(out_dir, data, folder)
 
     logger = choose_logger(logger_name, out_dir, f"finetune-{folder.name}", log)
     config = Config.from_checkpoint(folder)
     fits = fits_each_device(config, method.freezes, precision, devices, num_nodes)
     fabric = launch_fabric(devices, num_nodes, precision=precision, fits_one_device=fits, loggers=logger)
     seed_generators(fabric, seed)
-    tokenizer, data = Tokenizer(folder), data or Alpaca()
+    tokenizer = Tokenizer(folder)
     samples, val_samples = read_samples(fabric, data, tokenizer, config, train)
     limits = Limits.of(train, len(samples), mean_length(samples))
     shown = samples_to_show(samples, val_samples, eval)
 
     model = load_model(folder)
+    check_finite(model, folder)
     model.expert_balance = train.expert_balance or 0.0
     base, initial = Base(folder, model.config, model.transformer.wte.weight.dtype), fingerprint(model)
     check_ties(train, base.config)
@@ -153,7 +168,7 @@ def finetune(
     same |= method.options | {"optimizer.name": optimizer.name, "precision": precision}
     run = Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files)
     with run:
-        run.progress.say(f"Finetuning {base.config.name} with {method.name}: {size}, {len(samples):,} samples.")
+        run.progress.say(f"Finetuning {base.config.name} with {method.name}: {size}, {counted(len(samples), 'sample')}.")
         run.begin(resumed, hyperparameters)
         fit(run, samples, val_samples, eval, seed, partial(say_answer, run, tokenizer, shown, eval) if shown else None)
         run.finish(out_dir / names.FINAL, lambda weights: method.write(out_dir / names.FINAL, weights, base, extras))
@@ -229,7 +244,9 @@ def example_index(samples: Sequence[Sample], eval: EvalArgs, step: int) -> int:
     n, wanted = len(samples.data), eval.evaluate_example
     index = {"first": 0, "random": Random(step).randrange(n)}.get(wanted, wanted)
     if not 0 <= int(index) < n:
-        raise UserError(f"`eval.evaluate_example` is {wanted!r}, but there are {n} samples. Use 'first', 'random' or a number below that.")
+        raise UserError(
+            f"`eval.evaluate_example` is {wanted!r}, but the data has {counted(n, 'sample')}. Use 'first', 'random' or a number below that."
+        )
     return int(index)
 
 

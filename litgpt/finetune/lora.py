@@ -1,5 +1,6 @@
 """Finetuning with LoRA: the model stays as it is, and small updates beside its layers are trained."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor
 from litgpt import names
 from litgpt.checkpoint import adapter_writer, load_model, write_checkpoint
 from litgpt.errors import UserError
+from litgpt.files import is_file
 from litgpt.finetune.loop import Base, Extras, Method, finetune
 from litgpt.lora import LoRA, add_lora, merge_lora_weights
 from litgpt.model import GPT
@@ -80,5 +82,7 @@ def write(folder: Path, weights: Mapping[str, Tensor], base: Base, extras: Extra
     def with_adapter(final: Path) -> None:
         extras(final)
         write_adapter(final / names.ADAPTER)
+        if is_file(final / names.PROMPT_STYLE):  # the base may be used with another one
+            shutil.copyfile(final / names.PROMPT_STYLE, final / names.ADAPTER / names.PROMPT_STYLE)
 
     write_checkpoint(folder, model.state_dict(), model.config, source=base.folder, extras=with_adapter, overwrite=True)

@@ -71,9 +71,11 @@ def main(
         start, made = perf_counter(), []
         answer = recorded(complete(speaker.model, ids, row, n_new, speaker.stop_tokens), made)
         print(prompt, end="" if goes_on else "\n", flush=True)
-        for text in stream_text(speaker.tokenizer, answer, behind=ids if goes_on else ()):
-            print(text, end="", flush=True)
-        print()
+        try:
+            for text in stream_text(speaker.tokenizer, answer, behind=ids if goes_on else ()):
+                print(text, end="", flush=True)
+        finally:
+            print(flush=True)  # an error begins its own line
         seconds = perf_counter() - start
         note(f"Time for inference {i + 1}: {seconds:.2f} seconds in total, {len(made) / seconds:.2f} tokens/sec")
     if torch.cuda.is_available():
@@ -178,7 +180,9 @@ def batched_generate_fn(
 
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
     """Draw what follows the last position of the first sequence: logits (B, T, V) to a token (1,)."""
-    return decoding.sample(logits[:1, -1], [RowState(temperature, top_k, top_p)])
+    token = decoding.sample(logits[:1, -1], [RowState(temperature, top_k, top_p)])
+    decoding.checked(token)
+    return token
 
 
 def sample_top_p(logits: Tensor, top_p: float) -> Tensor:

@@ -17,6 +17,7 @@ from litgpt.tokenizer import StreamDecoder, Tokenizer
 CHUNK = 2048  # the most prompt tokens that one call of the model sees: more would only cost memory
 BUCKET = 256  # compiled attention reads a multiple of so many tokens, so that there are few graphs
 FEWER = "Lower `max_new_tokens`, or a fixed size of the memory if you set one."
+NO_TOKEN = -1  # what is drawn where there are no probabilities
 PREFIX = 1024  # how many of the likeliest tokens `top_p` looks at before it sorts all of them
 
 
@@ -80,7 +81,8 @@ class RowState:
 
 
 def sample(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
-    """Draw one token per row, (B, V) -> (B,), and count it."""
+    """Draw one token per row, (B, V) -> (B,), and count it; see `checked` for rows whose logits are no numbers."""
+    usable = logits.amax(-1).isfinite()  # NaN and infinity come through
     logits = penalized(logits, rows)
     drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
     if len(drawn) < len(rows):
@@ -96,7 +98,22 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     for i, row in enumerate(rows):
         if row.counts is not None:
             row.counts[1].scatter_add_(0, tokens[i : i + 1], row.counts.new_ones(1))
-    return tokens
+    return tokens.masked_fill(~usable, NO_TOKEN)
+
+
+def checked(tokens: Tensor) -> list[int]:
+    """Return the drawn tokens of all rows, (B,), as numbers, for which a device has to be waited for.
+
+    Raises:
+        UserError: The model computed none to draw by.
+    """
+    drawn = tokens.tolist()
+    if NO_TOKEN in drawn:
+        raise UserError(
+            "The model computes no numbers (NaN or infinity): its weights are damaged, or `precision` is too small for them. "
+            "Download or train it again, or try 32-true."
+        )
+    return drawn
 
 
 def probabilities(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
@@ -135,7 +152,7 @@ def _limited(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
         if n_sorted == width or not any(n == n_sorted < limit for n, limit in zip(n_kept.flatten().tolist(), k, strict=True)):
             break
         n_sorted *= 16
-    smallest = ordered.gather(-1, n_kept - 1)  # (B, 1)
+    smallest = ordered.gather(-1, (n_kept - 1).clamp(min=0))  # (B, 1), and of NaN anything
     n_larger = (ordered > smallest).sum(-1, keepdim=True)
     equal = logits == smallest
     kept = (logits > smallest) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= n_kept - n_larger))
@@ -334,7 +351,7 @@ def decode(
         tokens = sample(logits, [rows[i] for i in running])  # (B,)
         shown: list[list[int]] = [[] for _ in rows]
         going = []
-        for place, (i, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
+        for place, (i, token) in enumerate(zip(running, checked(tokens), strict=True)):
             matcher = matchers[i]
             shown[i] = matcher.push([token])
             if matcher.stopped is not None:

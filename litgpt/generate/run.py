@@ -10,7 +10,7 @@ from litgpt.errors import UserError
 from litgpt.generate.decode import compile_blocks
 from litgpt.hardware import find_device, products_dtype
 from litgpt.model import GPT
-from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style
+from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style, with_own_style
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 
@@ -60,7 +60,8 @@ def load(
     model = load_model(folder, dtype=dtype, device=find_device(), adapter=updates)
     if compile:
         compile_blocks(model)
-    return Speaker(folder, model, tokenizer, find_prompt_style(folder, tokenizer, config=model.config))
+    style = find_prompt_style(with_own_style(updates, folder), tokenizer, config=model.config)
+    return Speaker(folder, model, tokenizer, style)
 
 
 def check_quantize(quantize: str | None) -> None:

@@ -1,6 +1,13 @@
 """Prompt styles and chat templates, and how messages become token ids and a loss mask."""
 
-from litgpt.prompts.choose import find_prompt_style, has_prompt_style, load_prompt_style, save_prompt_style, save_stop_tokens
+from litgpt.prompts.choose import (
+    find_prompt_style,
+    has_prompt_style,
+    load_prompt_style,
+    save_prompt_style,
+    save_stop_tokens,
+    with_own_style,
+)
 from litgpt.prompts.encode import encode_prompt, encode_training
 from litgpt.prompts.style import Message, Piece, PromptStyle, as_messages, prompt_styles
 from litgpt.prompts.styles import (
@@ -132,4 +139,5 @@ __all__ = [
     "read_chat_template",
     "save_prompt_style",
     "save_stop_tokens",
+    "with_own_style",
 ]

@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from litgpt import names
-from litgpt.errors import MissingFile, UserError, did_you_mean
+from litgpt.errors import MissingFile, UserError
 from litgpt.files import is_file, read_json, read_yaml
-from litgpt.prompts.style import PromptStyle, known_style, prompt_styles
+from litgpt.prompts.style import PromptStyle, known_style, nearest_styles, prompt_styles
 from litgpt.prompts.template import ChatTemplate, read_chat_template
 from litgpt.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ def find_prompt_style(
     if explicit is not None:
         return _named(explicit, folders[-1])
     if has_prompt_style(checkpoint_dir):
-        return load_prompt_style(checkpoint_dir)
+        return load_prompt_style(checkpoint_dir, next(templates, None))
     if (folder := next(templates, None)) is not None:
         return ChatTemplate.from_checkpoint(folder)
     return prompt_styles[known_style(config) or ("alpaca" if for_instructions else "default")]()
@@ -91,8 +91,12 @@ def save_stop_tokens(style: PromptStyle, tokenizer: Tokenizer, checkpoint_dir: s
     file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}, indent=2) + "\n", encoding="utf-8")
 
 
-def load_prompt_style(checkpoint_dir: str | Path) -> PromptStyle:
+def load_prompt_style(checkpoint_dir: str | Path, template_dir: Path | None = None) -> PromptStyle:
     """Return the style that `save_prompt_style` wrote, here or in LitGPT.
+
+    Args:
+        checkpoint_dir: The folder.
+        template_dir: Where the chat template is, if that is the style; by default in the same folder.
 
     Raises:
         MissingFile: There is no such file.
@@ -105,7 +109,17 @@ def load_prompt_style(checkpoint_dir: str | Path) -> PromptStyle:
     content = read_yaml(path, way=way)
     if not isinstance(content.get("class_path"), str):
         raise UserError(f"{path} is damaged: its `class_path` is {content.get('class_path')!r:.40}, not the name of a style. {way}")
-    return _named(content, Path(checkpoint_dir))
+    return _named(content, template_dir or Path(checkpoint_dir))
+
+
+def with_own_style(adapter: Path | None, base: Path) -> Path:
+    """Return the folder whose prompt style counts where an adapter is added to a model: the adapter's, if it has one.
+
+    Args:
+        adapter: Holds LoRA updates; None adds none.
+        base: Holds the model.
+    """
+    return adapter if adapter is not None and (has_prompt_style(adapter) or read_chat_template(adapter) is not None) else base
 
 
 def has_prompt_style(checkpoint_dir: str | Path) -> bool:
@@ -122,11 +136,8 @@ def _named(style: str | dict[str, Any], folder: Path) -> PromptStyle:
     }
     cls = (prompt_styles.get(path) or known.get(path)) if isinstance(path, str) else None
     if cls is None:
-        choices = [*prompt_styles, CHAT_TEMPLATE_STYLE]
-        raise UserError(
-            f"{path!r} is not a prompt style that this program knows.{did_you_mean(str(path), choices)} Use {', '.join(choices)}, "
-            "or import the module that defines it first."
-        )
+        near = nearest_styles(str(path), [*prompt_styles, CHAT_TEMPLATE_STYLE])
+        raise UserError(f"{path!r:.80} is not a prompt style that this program knows. {near} Or import the module that defines it first.")
     if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
         raise UserError(f"The arguments of a prompt style map names to values, but {path!r} has {arguments!r:.40}.")
     if cls is ChatTemplate and (variables := arguments.get("variables")) is not None:

@@ -1,7 +1,8 @@
 """What a prompt style is: how messages are written as text, and which parts of it are trained on."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -14,6 +15,18 @@ Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content":
 ROLES = ("system", "user", "assistant")
 
 prompt_styles: dict[str, type["PromptStyle"]] = {}  # by name; a class puts itself here: `class Mine(PromptStyle, name="mine")`
+
+
+def nearest_styles(name: str, known: Iterable[str]) -> str:
+    """Return sentences that say which styles are called almost so, and where all names are.
+
+    Args:
+        name: What the user typed.
+        known: What would have been right.
+    """
+    near = get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
+    meant = f"Did you mean {' or '.join(map(repr, near))}? " if near else "There are 'alpaca', 'chatml' and others. "
+    return meant + "tutorials/prepare_dataset.md lists all."
 
 
 class Piece(NamedTuple):
@@ -137,7 +150,7 @@ class PromptStyle:
             UserError: There is no such name.
         """
         if name not in prompt_styles:
-            raise UserError(f"{name!r} is not a prompt style.{did_you_mean(name, prompt_styles)} There are: {', '.join(prompt_styles)}.")
+            raise UserError(f"{name!r:.80} is not a prompt style. {nearest_styles(name, prompt_styles)}")
         return prompt_styles[name]()
 
     @classmethod

@@ -6,6 +6,7 @@ from typing import Any
 
 from litgpt import names
 from litgpt.errors import UserError
+from litgpt.files import AGAIN
 from litgpt.prompts.sandbox import TooMuch, render
 from litgpt.prompts.style import Message, Piece, PromptStyle, as_messages, user_text
 from litgpt.tokenizer import Tokenizer, named_tokens, read_json
@@ -198,8 +199,11 @@ def read_chat_template(checkpoint_dir: str | Path) -> str | None:
         raise UserError(f"{str(folder / names.CHAT_TEMPLATE)!r} is not readable text ({error}). Download the file again.") from None
     found = read_json(folder / names.TOKENIZER_CONFIG).get("chat_template")
     if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    if isinstance(named := found, dict):
         if "default" not in named and len(named) != 1:
             raise UserError(f"{str(folder)!r} has the chat templates {', '.join(map(str, named))}, but none is called 'default'.")
         found = named.get("default", next(iter(named.values())))
-    return found if isinstance(found, str) else None
+    if not isinstance(found, str | None):
+        raise UserError(f"{folder / names.TOKENIZER_CONFIG} is damaged: its `chat_template` is {found!r:.40}, not a text. {AGAIN}")
+    return found

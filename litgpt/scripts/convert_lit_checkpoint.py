@@ -1,9 +1,10 @@
 """Turn any checkpoint that we read into a complete Hugging Face folder."""
 
+import shutil
 from pathlib import Path
 
 from litgpt import names
-from litgpt.checkpoint import described_by, load_model, write_checkpoint
+from litgpt.checkpoint import check_side_files, described_by, load_model, write_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import is_file
 from litgpt.prompts import has_prompt_style, load_prompt_style, save_stop_tokens
@@ -24,10 +25,17 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path, max_shard_siz
     """
     n_bytes = shard_bytes(max_shard_size)
     folder = find_checkpoint(checkpoint_dir, needs_tokenizer=False)
+    source = described_by(folder)
+    check_side_files(source)
     model = load_model(folder)
     model.config.to_hf()  # raises where no family of Hugging Face's has such a model
-    options = dict(source=described_by(folder), extras=name_stop_tokens, max_shard_bytes=n_bytes)
-    write_checkpoint(output_dir, model.state_dict(), model.config, **options)
+
+    def extras(output: Path) -> None:
+        if has_prompt_style(folder):  # of an adapter, whose base may have another one
+            shutil.copyfile(folder / names.PROMPT_STYLE, output / names.PROMPT_STYLE)
+        name_stop_tokens(output)
+
+    write_checkpoint(output_dir, model.state_dict(), model.config, source=source, extras=extras, max_shard_bytes=n_bytes)
     print(f"Saved {output_dir}.")
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from litgpt import names
 from litgpt.checkpoint import described_by, load_model
 from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean, disk_error, optional
-from litgpt.files import cannot_read, sync
+from litgpt.files import cannot_read, cannot_write, sync
 from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, Default, find_prompt_style
 from litgpt.prompts.style import PromptStyle
@@ -145,7 +146,7 @@ def _verify(architecture: Architecture, model: GPT, entries: dict[str, Any]) -> 
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(architecture, model, "meta")}
     config = model.config
     read = config_of(architecture, Metadata(Path("the file"), as_read(entries)), shapes, stored_factors(config))
-    pairs = ((name, getattr(config, name), getattr(read, name)) for name in vars(config) if name not in UNCOMPARED)
+    pairs = ((name, getattr(config, name), getattr(read, name)) for name in config.to_dict() if name not in UNCOMPARED)
     for name, ours, theirs in pairs:
         if name == "attention_scores_scalar":
             ours, theirs = ours or config.head_size, theirs or read.head_size
@@ -195,9 +196,10 @@ def _write(output: Path, architecture: Architecture, model: GPT, entries: dict[s
         sync(partial)
         _put(partial, output)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if message := disk_error(error):
-            raise UserError(f"{output} could not be written: {message}") from error
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if disk_error(error) or isinstance(error, OSError):  # the model is in memory: all that is opened here is written
+            raise cannot_write(output, error) from error
         raise
 
 
@@ -258,5 +260,5 @@ def _write_modelfile(output: Path, text: str) -> Path:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path} could not be written: {disk_error(error) or error}") from error
+        raise cannot_write(path, error) from error
     return path

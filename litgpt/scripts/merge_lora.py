@@ -1,18 +1,18 @@
 """Merge LoRA updates into the weights they were trained beside."""
 
 import shutil
-from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 from litgpt import names
-from litgpt.checkpoint import copy_side_files, has_lora, load_lora, write_checkpoint
+from litgpt.checkpoint import check_side_files, copy_side_files, has_lora, load_lora, write_checkpoint
 from litgpt.errors import MissingFile, UserError
-from litgpt.files import is_folder
+from litgpt.files import is_file, is_folder, read_yaml
 from litgpt.hardware import products_dtype
 from litgpt.lora import merge_lora_weights
+from litgpt.scripts.convert_lit_checkpoint import name_stop_tokens
 from litgpt.scripts.download import find_checkpoint
-from litgpt.weight_files import MAX_SHARD_SIZE, shard_bytes, stored_dtype
+from litgpt.weight_files import MAX_SHARD_SIZE, plain_files, shard_bytes, stored_dtype
 
 
 def merge_lora(
@@ -37,19 +37,31 @@ def merge_lora(
     if folder is None:
         raise MissingFile(f"There is no folder {str(checkpoint_dir)!r}, neither here nor in {names.CHECKPOINTS}/.")
     if not has_lora(folder):
-        if any(folder.glob("*.safetensors")) or (folder / names.LIT_WEIGHTS).is_file():
+        if plain_files(folder) and was_trained_with_lora(folder):
             print(f"The LoRA weights of {folder} are merged already.")
             return
         raise UserError(f"{folder} holds no LoRA updates: neither {names.LIT_LORA} nor {names.ADAPTER_CONFIG} nor a step of finetune_lora.")
+    check_side_files(folder)
     base = find_checkpoint(pretrained_checkpoint_dir, needs_tokenizer=False) if pretrained_checkpoint_dir is not None else None
     model, base = load_lora(folder, base)
+    check_side_files(base)
     merge_lora_weights(model)
     dtype = products_dtype(precision) if precision is not None else stored_dtype(base)
     merged = folder / f"merged-{uuid4().hex[:8]}"  # its files are moved up when all of them are written
-    extras = partial(copy_side_files, base)
+
+    def extras(folder: Path) -> None:
+        copy_side_files(base, folder)
+        name_stop_tokens(folder)
+
     origin = dict(source=folder, base=base, dtype=dtype, extras=extras, max_shard_bytes=n_bytes)
     write_checkpoint(merged, model.state_dict(), model.config, **origin)
     for file in sorted(merged.iterdir()):
         file.replace(folder / file.name)
     shutil.rmtree(merged)
     print(f"Saved the merged weights to {folder}.")
+
+
+def was_trained_with_lora(folder: Path) -> bool:
+    """Say whether a folder with whole weights is the result of a LoRA run: it holds the updates too, or the run's options."""
+    adapters = (folder / names.LIT_LORA, folder / names.ADAPTER_CONFIG, folder / names.ADAPTER / names.ADAPTER_CONFIG)
+    return any(map(is_file, adapters)) or "lora_r" in read_yaml(folder / names.HYPERPARAMETERS)

@@ -36,6 +36,14 @@ def test_a_file_holds_records(tmp_path, suffix):
     assert load_split(write(tmp_path / f"data{suffix}")) == RECORDS
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(("text", "message"), [("[" * 100_000, "nested too deep"), ("[" + "7" * 5000 + "]", "thousands of digits")])
+def test_json_that_python_cannot_read_is_one_sentence(tmp_path, suffix, text, message):
+    (path := tmp_path / f"data{suffix}").write_text(text)
+    with pytest.raises(UserError, match=f"data{suffix} cannot be read.*{message}"):
+        load_split(path)
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_a_file_may_hold_messages(tmp_path, tokenizer, suffix):
     record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

@@ -292,7 +292,7 @@ def test_a_signal_saves_the_step_and_the_run_can_go_on(run, tmp_path: Path, monk
     monkeypatch.setattr(loop, "forward_backward", at_call(3, loop.forward_backward, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(SystemExit) as stopped:
         run()
-    assert stopped.value.code == 130
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert [path.name for path in sorted((tmp_path / "out").iterdir()) if path.name != "logs"] in (["step-000003"], ["step-000004"])
     run(resume="auto")
     assert weights(tmp_path / "out" / "final").keys() == weights(reference / "final").keys()
@@ -344,6 +344,11 @@ def test_defaults_suit_the_method():
     [
         (dict(quantize="bnb.nf4"), "not supported yet"),
         (dict(lora_query=False, lora_value=False), "Turn one on"),
+        (dict(lora_r=10**14), "`lora_r` is 100000000000000, but the update of no layer it is for can have a rank above 32"),
+        (dict(lora_alpha=0), "`lora_alpha` scales the update and is a number above 0, but got 0"),
+        (dict(lora_alpha=-1), "`lora_alpha`"),
+        (dict(resume=True, overwrite=True), "Give one"),
+        (dict(resume="auto", overwrite=True), "Give one"),
         (dict(train=dict(max_seq_length=10_000)), "context is 256"),
         (dict(train=dict(micro_batch_size=0)), "micro_batch_size"),
         (dict(train=dict(tie_embeddings=True)), "tie_embeddings"),
@@ -358,9 +363,10 @@ def test_defaults_suit_the_method():
         (dict(optimizer=OptimizerArgs("..AdamW")), "or an import path"),
     ],
 )
-def test_options_that_cannot_be_followed_are_refused(run, options: dict, message: str):
+def test_options_that_cannot_be_followed_are_refused_and_leave_no_folder(run, options: dict, message: str, tmp_path: Path):
     with pytest.raises(UserError, match=message):
         run(**options)
+    assert not (tmp_path / "out").exists()
 
 
 def with_more_tokens(folder: Path, *tokens: str) -> Path:
@@ -392,6 +398,107 @@ def test_tokens_of_a_data_set_of_ones_own_are_looked_at_too(base: Path):
     with pytest.raises(UserError, match="token id 300"):
         check_ids(Config.from_checkpoint(base), [ids[:2]], [ids])
     check_ids(Config.from_checkpoint(base), [ids[:2]], [])
+
+
+def test_overwriting_never_deletes_what_the_run_reads(run, base: Path, samples: Path, tmp_path: Path):
+    out_dir = run(train=dict(max_steps=1, save_interval=1))
+    shutil.copytree(base, out_dir / "step-000002")
+    shutil.copy(samples, out_dir / "step-000002" / "samples.json")
+    (out_dir / "step-000002" / "hyperparameters.yaml").touch()
+    (tmp_path / "link").symlink_to(out_dir / "final")
+    ours = arguments(samples, tmp_path / "beside", dict(max_steps=1, save_interval=1), {}, 1e-2)
+    lora.setup(out_dir / "final", **ours)  # its steps are read with the base that they name
+    before = sorted(path for path in out_dir.rglob("*"))
+    reading = [
+        dict(checkpoint_dir=out_dir / "final"),
+        dict(checkpoint_dir=tmp_path / "link"),
+        dict(checkpoint_dir=tmp_path / "beside" / "step-000001"),
+        dict(checkpoint_dir=out_dir / "step-000001"),
+        dict(data=JSON(json_path=out_dir / "step-000002" / "samples.json", val_split_fraction=0.1)),
+    ]
+    for options in reading:
+        with pytest.raises(UserError, match="`overwrite` would delete .*, but this run reads"):
+            run(overwrite=True, **options)
+    assert sorted(path for path in out_dir.rglob("*")) == before
+    run(train=dict(max_steps=1, save_interval=None), overwrite=True)
+    assert sorted(path.name for path in out_dir.iterdir()) == ["final", "logs"]
+
+
+@pytest.mark.parametrize("name", ["step-000009", "final", "best", "step-000009.tmp"])
+def test_a_folder_that_no_run_wrote_is_not_deleted(run, tmp_path: Path, name: str):
+    (mine := tmp_path / "out" / name).mkdir(parents=True)
+    (mine / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is in the way, but not of a run"):
+        run(train=dict(max_steps=1), overwrite=True)
+    assert (mine / "precious.txt").read_text() == "mine"
+    mine.rename(tmp_path / "elsewhere")
+    mine.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is in the way, but not of a run"):
+        run(train=dict(max_steps=1), overwrite=True)
+    mine.unlink()
+    mine.mkdir()  # nobody misses it
+    run(train=dict(max_steps=1), overwrite=True)
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+
+
+def test_a_base_that_is_not_finite_is_named_as_the_cause(run, base: Path, tmp_path: Path):
+    model = theirs(shutil.copytree(base, tmp_path / "spoilt"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = math.nan
+    model.save_pretrained(tmp_path / "spoilt")
+    for method in METHODS:
+        with pytest.raises(UserError, match="'transformer.h.1.mlp.proj.weight' of the model in .*spoilt has numbers that are not finite"):
+            run(method, checkpoint_dir=tmp_path / "spoilt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_a_resumed_run_changes_are_said(run, capsys: pytest.CaptureFixture):
+    run(train=dict(max_steps=2, save_interval=1))
+    capsys.readouterr()
+    run(train=dict(max_steps=2, save_interval=1), resume=True)
+    assert "changed" not in capsys.readouterr().out
+    optimizer = OptimizerArgs(lr=1e-4, betas=(0.8, 0.9), init_args={"eps": 1e-6})
+    run(train=dict(max_steps=3, save_interval=2, max_norm=None, lr_schedule="linear"), resume=True, optimizer=optimizer)
+    said = next(line for line in capsys.readouterr().out.splitlines() if "changed" in line)
+    optimizers = "optimizer.lr 0.01 -> 0.0001, optimizer.betas [0.9, 0.95] -> [0.8, 0.9], "
+    others = (
+        "train.lr_schedule cosine -> linear, train.max_steps 2 -> 3, train.max_norm 1.0 -> null, optimizer.init_args.eps null -> 1.0e-06."
+    )
+    assert said == f"Resuming with changed {optimizers}{others}"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (dict(mask_prompt=False), r"\(changed: data.init_args.mask_prompt true -> false\)"),
+        (dict(prompt_style="alpaca"), r"\(changed: data.init_args.prompt_style null -> alpaca\)"),
+        ({}, r"\(the data's files, the tokenizer, `mask_prompt`, .* changed\)"),
+    ],
+)
+def test_a_resumed_run_with_other_samples_is_told_what_may_have_changed(run, samples: Path, tmp_path: Path, options: dict, why: str):
+    file = shutil.copy(samples, tmp_path / "mine.json")
+    data = dict(json_path=file, val_split_fraction=0.1)
+    run(train=dict(max_steps=2, save_interval=1), data=JSON(**data))
+    if not options:
+        Path(file).write_text(Path(file).read_text().replace("yes", "no"))
+    with pytest.raises(
+        UserError, match=rf"digest of the samples '[0-9a-f]+', not '[0-9a-f]+' {why}. Resume with the model, data and flags"
+    ):
+        run(train=dict(max_steps=2), resume=True, data=JSON(**data, **options))
+
+
+def test_what_is_said_counts_one_as_one_and_can_be_pasted(run, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "one.json").write_text(json.dumps([{"instruction": "Say", "output": "yes"}]))
+    final = run(out_dir="x y", data=JSON(tmp_path / "one.json", val_split_fraction=0.0), train=dict(max_steps=1)) / "final"
+    out = capsys.readouterr().out
+    assert ", 1 sample.\n" in out and f"litgpt chat '{final}'\n" in out
+
+
+def test_a_run_that_is_refused_when_it_is_resumed_leaves_no_folder(run, tmp_path: Path):
+    run(out_dir="other", train=dict(max_steps=2, save_interval=1))
+    with pytest.raises(UserError, match="seed"):
+        run(train=dict(max_steps=2), resume=tmp_path / "other" / "step-000001", seed=3)
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_are_refused(run, tmp_path: Path):
@@ -434,7 +541,7 @@ def test_a_fingerprint_tells_models_apart(base: Path, changed: str):
 def test_the_stored_options_repeat_a_run_and_neither_resume_nor_delete_one(run, tmp_path: Path):
     train = dict(max_steps=2, save_interval=1)
     run(train=train)
-    options = yaml.safe_load((run(train=train, resume=True, overwrite=True) / "final" / "hyperparameters.yaml").read_text())
+    options = yaml.safe_load((run(train=train, resume=True) / "final" / "hyperparameters.yaml").read_text())
     assert not {"resume", "overwrite", "access_token"} & options.keys() and options["train"]["max_steps"] == 2
 
 
@@ -513,8 +620,9 @@ def test_an_output_that_nobody_reads_does_not_stop_a_run(base: Path, samples: Pa
 
 def test_a_signal_is_answered_at_once(run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
     monkeypatch.setattr(loop, "forward_backward", at_call(2, loop.forward_backward, lambda: os.kill(os.getpid(), signal.SIGINT)))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         run()
+    assert stopped.value.code == 128 + signal.SIGINT
     out, err = capfd.readouterr()
     assert err.count("Stopping after this step ...") == 1 and "Stopped after step" in out
 

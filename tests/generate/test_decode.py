@@ -39,6 +39,25 @@ def tiny_model(**fields):
     return model
 
 
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, dict(temperature=0.0), dict(top_p=0.5), dict(top_k=3), dict(presence_penalty=1.0)])
+def test_a_model_that_computes_no_numbers_is_one_sentence_however_it_is_sampled(what, settings):
+    model = tiny_model()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.proj.weight[3] = what
+    with pytest.raises(UserError, match=r"computes no numbers \(NaN or infinity\): its weights are damaged"):
+        list(complete(model, [1, 2, 3], RowState(**settings), 5))
+
+
+def test_a_row_without_numbers_leaves_the_others_as_they_are():
+    logits = torch.randn(3, VOCAB)
+    alone = sample(logits[:1], [RowState(top_p=0.9, seed=5)])
+    logits[1] = float("nan")
+    logits[2] = float("-inf")
+    drawn = sample(logits, [RowState(top_p=0.9, seed=5), RowState(top_p=0.9), RowState()])
+    assert drawn.tolist() == [alone.item(), decoding.NO_TOKEN, decoding.NO_TOKEN]
+
+
 def greedy(seed=0):
     return RowState(temperature=0.0, seed=seed)
 

@@ -125,6 +125,28 @@ def test_a_reader_that_stops_early_ends_the_program_quietly(folder):
     assert all(line.startswith(("Loaded ", "Time for inference ")) for line in notes) and len(notes) < 50
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
+@pytest.mark.parametrize("words", [["generate", "CKPT", "--max_new_tokens", "4"], ["finetune", "--help"], ["finetune", "--print_config"]])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_sentence(folder, words, buffered):
+    words = [sys.executable, "-m", "litgpt", *(str(folder) if word == "CKPT" else word for word in words)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": buffered})
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("Loaded ", "Time for inference "))]
+    assert done.returncode == 2 and len(lines) == 1 and "could not be written: the disk is full" in lines[0], done.stderr
+
+
+def test_an_error_in_the_middle_of_an_answer_begins_its_own_line(folder, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        yield [65]
+        raise UserError("Too bad.")
+
+    monkeypatch.setattr(base, "complete", broken)
+    assert cli(["generate", str(folder), "--precision", "32-true"]) == 2
+    out, err = capsys.readouterr()
+    assert out.endswith("\n") and err.splitlines()[-1] == "litgpt: Too bad."
+
+
 def test_closed_streams_are_no_error(folder):
     words = f"{sys.executable} -m litgpt generate {folder} --max_new_tokens 4"
     ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}

@@ -182,3 +182,31 @@ def test_a_disk_that_is_full_leaves_no_half_of_litgpts_weights(tmp_path, capsys)
     assert cli.main(["convert_to_litgpt", str(tmp_path / "base")]) == 2
     assert "the disk is full" in capsys.readouterr().err
     assert not list((tmp_path / "base").glob("lit_model*"))
+
+
+def test_a_damaged_tokenizer_is_named_where_it_lies(tmp_path, capsys):
+    checkpoint(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text("{")
+    capsys.readouterr()
+    assert cli.main(["convert_from_litgpt", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    assert f"{tmp_path / 'source' / 'tokenizer.json'} is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_lora_made_is_merged_already(tmp_path, capsys):
+    checkpoint(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["merge_lora", str(tmp_path)]) == 2
+    assert "holds no LoRA updates" in capsys.readouterr().err
+    (tmp_path / "hyperparameters.yaml").write_text("lora_r: 8\n")
+    assert cli.main(["merge_lora", str(tmp_path)]) == 0
+    assert "merged already" in capsys.readouterr().out
+
+
+def test_a_damaged_step_is_not_to_be_downloaded_again(tmp_path, capsys):
+    (tmp_path / "run_state").mkdir()
+    (tmp_path / "run_state" / "shard-00000.safetensors").write_bytes(b"x" * 20)
+    (tmp_path / "run_state" / "state.json").write_text("{}")
+    assert cli.main(["merge_lora", str(tmp_path)]) == 2
+    sentence = capsys.readouterr().err
+    assert "is damaged or cut off" in sentence and "Use another step." in sentence and "ownload" not in sentence

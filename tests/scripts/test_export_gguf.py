@@ -358,3 +358,11 @@ def test_numbers_beyond_half_precision_are_refused(tmp_path):
     with pytest.raises(UserError, match="'blk.0.ffn_down.weight' holds numbers that f16 cannot store"):
         export_gguf(tmp_path / "large", tmp_path / "large.gguf", "f16")
     export_gguf(tmp_path / "large", tmp_path / "large.gguf", "bf16")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can write")
+@pytest.mark.parametrize("name", ["/proc/x.gguf", "/proc/nowhere/x.gguf"])
+def test_a_place_where_nothing_can_be_written_is_one_sentence(tmp_path, name):
+    tiny_checkpoint(tmp_path / "model", next(iter(CASES)))
+    with pytest.raises(UserError, match=f"^{name} could not be written: "):
+        export_gguf(tmp_path / "model", Path(name), "f32")

@@ -1,0 +1,162 @@
+"""The folder of a training run: where it is, what may be done with it, and how the options in it differ from those of today."""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import LightningDataModule
+
+from litgpt import names
+from litgpt.checkpoint import base_of, has_lora, read_hyperparameters
+from litgpt.errors import MissingFile, UserError
+from litgpt.files import OURS, read_json
+from litgpt.run_state import latest_step
+
+
+def run_folder(out_dir: Path) -> Path:
+    """Return where a run writes: `out_dir`, below LIGHTNING_ARTIFACTS_DIR if that is set and `out_dir` is relative.
+
+    It is not made yet, so that a run that is refused leaves nothing behind.
+    """
+    folder = Path(os.environ.get("LIGHTNING_ARTIFACTS_DIR", "")) / out_dir
+    there = folder.absolute()  # what is there already of the way to it
+    while True:
+        try:
+            there.lstat()
+        except FileNotFoundError:
+            there = there.parent
+        except OSError as error:  # of a file on the way, or of a name that is too long
+            raise no_folder(folder, error.strerror) from None
+        else:
+            break
+    if not there.is_dir():
+        raise no_folder(folder, f"{there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"`out_dir` is a folder to write into, but writing is not allowed in {there}. Choose another.")
+    return folder
+
+
+def no_folder(folder: Path, why: str) -> UserError:
+    """Return what to raise where a run's folder cannot be made."""
+    return UserError(f"`out_dir` is a folder to write into, but {folder} cannot be one: {why}. Choose another.")
+
+
+def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: bool = False) -> Path | None:
+    """Return the step folder that a run goes on from, or None for a run that begins.
+
+    Args:
+        out_dir: The run's folder.
+        resume: True wants the last step in `out_dir`, "auto" takes it if there is one; a path names a step or another run's folder.
+        overwrite: Whether a new run may take the place of the one in `out_dir`.
+
+    Raises:
+        MissingFile: There is no such step.
+        UserError: `out_dir` holds a run, and neither option says what to do with it, or both do.
+    """
+    if overwrite and resume not in (False, None, "false"):
+        raise UserError(f"`resume` goes on with a run and `overwrite` deletes it, but got resume {str(resume)!r} and overwrite. Give one.")
+    if resume in (True, "auto", "true"):
+        found = latest_step(out_dir)
+        if found is None and resume != "auto":
+            raise MissingFile(f"`resume` is true, but {out_dir} holds no step to go on from. Use auto to begin where there is none.")
+        if found is not None:
+            return found
+    elif resume not in (False, None, "false"):
+        folder = Path(resume)
+        found = folder if (folder / names.RUN_STATE / names.STATE).is_file() else latest_step(folder)
+        if found is None:
+            raise MissingFile(f"`resume` names {folder}, which is no step of a run and holds none, such as {names.STEP.format(100)}.")
+        if found.absolute().parent == out_dir.absolute():
+            return found
+    else:
+        found = None
+    if (results := results_in(out_dir)) and not overwrite:
+        ways = "Go on from its last step with `--resume true`, start over with `--overwrite true`, or choose another `--out_dir`."
+        raise UserError(f"{out_dir} already holds a run ({results[-1].name}). {ways}")
+    return found
+
+
+def results_in(out_dir: Path, unfinished: bool = False) -> list[Path]:
+    """Return the steps and final folders of a run, those too that were being written if `unfinished` are wanted."""
+    finished = f"{names.STEP.replace('{:06d}', '[0-9]+')}|{names.FINAL}|{names.BEST}"
+    pattern = rf"({finished})(\.old)?({re.escape(names.PARTIAL)})?" if unfinished else finished
+    return sorted(path for path in out_dir.glob("*") if path.is_dir() and re.fullmatch(pattern, path.name))
+
+
+def check_room(out_dir: Path, data: LightningDataModule, *checkpoints: Path | None) -> None:
+    """Raise a UserError if a new run would have to delete what no run wrote, or what it reads itself.
+
+    Args:
+        out_dir: The run's folder.
+        data: Its data set, whose options name files and folders.
+        checkpoints: The folders of the models and tokenizers that it begins with.
+    """
+    inputs = [Path(value) for value in vars(data).values() if isinstance(value, str | Path) and os.path.exists(value)]
+    inputs += [path for folder in checkpoints if folder is not None for path in _read_with(folder)]
+    for folder in results_in(out_dir, unfinished=True):
+        if not _is_a_runs(folder):
+            signs = f"neither {names.RUN_STATE} nor {names.LIT_CONFIG} nor {names.HYPERPARAMETERS}"
+            raise UserError(f"{folder} is in the way, but not of a run: it holds {signs}. Move it, or choose another `--out_dir`.")
+        for path in inputs:
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"`overwrite` would delete {folder}, but this run reads {path}. Choose another `--out_dir`, or move what it reads."
+                )
+
+
+def _is_a_runs(folder: Path) -> bool:
+    """Say whether a run of ours or of LitGPT's wrote a folder, or nobody misses it."""
+    if folder.is_symlink():
+        return False
+    signs = (names.RUN_STATE, names.LIT_CONFIG, names.HYPERPARAMETERS, OURS)
+    return any((folder / sign).exists() for sign in signs) or not any(folder.iterdir())
+
+
+def _read_with(folder: Path) -> list[Path]:
+    """Return the folders that a checkpoint is read from: its own, and the base beside which its LoRA updates were trained."""
+    if not has_lora(folder):
+        return [folder]
+    if settings := read_json(folder / names.ADAPTER_CONFIG):
+        return [folder, base_of(folder, settings.get("base_model_name_or_path"))]
+    return [folder, base_of(folder, read_hyperparameters(folder).get("checkpoint_dir"))]
+
+
+def write_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Write the options of a run, as `--config` reads them."""
+    (folder / names.HYPERPARAMETERS).write_text(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
+
+
+# The run before
+
+
+DECIDE = "the data's files, the tokenizer, `mask_prompt`, `prompt_style`, `seed` or `max_seq_length`"  # which samples there are
+NO_EFFECT = ("train.save_interval", "train.log_interval")
+
+
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any], *groups: str) -> dict[str, str]:
+    """Return the options of these groups that differ between two runs, and how: `train.min_lr null -> 0.1`.
+
+    Args:
+        before: The options of a run as its `hyperparameters.yaml` holds them.
+        now: Those of this one.
+        groups: The first parts of their names.
+    """
+    old, new = (dict(_leaves({group: options.get(group) for group in groups})) for options in (before, now))
+    different = [name for name in old | new if old.get(name) != new.get(name) and name not in NO_EFFECT]
+    return {name: f"{name} {_as_yaml(old.get(name))} -> {_as_yaml(new.get(name))}" for name in different}
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).removesuffix("...\n").strip()
+
+
+def _leaves(options: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{group}{name}.")
+        else:
+            yield f"{group}{name}", value
