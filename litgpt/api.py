@@ -318,7 +318,8 @@ class LLM(nn.Module):
                 (folder / names.CHAT_TEMPLATE).write_text(style.template, encoding="utf-8")
 
         source = self.checkpoint_dir or self.tokenizer_dir
-        write_checkpoint(Path(out_dir), self.model.state_dict(), self.model.config, source=source, extras=add_tokenizer_and_style)
+        weights, config, base = self.model.state_dict(), self.model.config, self.adapter_dir
+        write_checkpoint(Path(out_dir), weights, config, source=source, base=base, extras=add_tokenizer_and_style)
 
     def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str | Tensor, dict[str, list[float]]]:
         """Generate some times, and return the last answer and what was measured.

@@ -407,7 +407,8 @@ def _text_part(original: dict[str, Any], config: Config) -> dict[str, Any] | Non
 
 def _is_wrapped(folder: Path, config: Config) -> bool:
     """Say whether transformers reads a folder as a multimodal model whose text part is of the config's family."""
-    return config.family is not None and read_json(folder / names.CONFIG).get("model_type") in FAMILIES[config.family].wrappers
+    wrappers = FAMILIES[config.family].wrappers if config.family is not None else ()
+    return read_json(folder / names.CONFIG).get("model_type") in wrappers and bool(hf_weight_files(folder))
 
 
 def write_ends(folder: Path) -> None:

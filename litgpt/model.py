@@ -414,10 +414,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.offset:  # 1 + weight has more digits than a 16-bit type
-            weight = 1 + self.weight.to(torch.promote_types(x.dtype, torch.float32))
-            return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
-        weight = self.weight.to(x.dtype)
+        if self.offset and x.dtype.itemsize < 4:  # 1 + weight has more digits than a 16-bit type
+            wide = 1 + self.weight.float()
+            return F.rms_norm(x.float(), wide.shape, wide, self.eps).to(x.dtype)
+        weight = self.weight.to(x.dtype) + 1 if self.offset else self.weight.to(x.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _SmallRMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)

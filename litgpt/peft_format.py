@@ -7,7 +7,7 @@ parameters of one module nest, the first one innermost: its factors are called `
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -297,6 +297,7 @@ def peft_updates(tensors: Mapping[str, Tensor], settings: dict[str, Any], config
         if match is None:
             raise UserError(f"The PEFT adapter holds {name!r}, which is no factor of a linear layer's LoRA update.")
         found.setdefault(match[1], {})[match[2]] = tensor
+    stored_name = _stored_names(config)
     updates = Updates({}, {}, _changed({name: tensors[name] for name in others}))
     for module, factors in found.items():
         if len(factors) < 2:
@@ -309,7 +310,7 @@ def peft_updates(tensors: Mapping[str, Tensor], settings: dict[str, Any], config
             rule, theirs, ours = stack
             updates.stacks[ours] = _stack_factors(A, B, theirs, rule, settings, config)
         else:
-            name, transposed = _stored_name(f"{module}.weight", config)
+            name, transposed = stored_name(f"{module}.weight")
             is_parameter = any(f"{module}.weight".endswith(f".{target}") for target in targets)
             scale = _scale(settings, f"{module}.weight" if is_parameter else module, A.size(0))
             updates.layers[name] = Factors(B.T, A.T, scale) if transposed else Factors(A, B, scale)
@@ -330,18 +331,22 @@ def _stack_factors(A: Tensor, B: Tensor, theirs: str, rule: Rule, settings: dict
     return Factors(A.unflatten(0, (config.n_expert, rank)), _turned(by_expert, rule, config, 0), _scale(settings, theirs, rank))
 
 
-def _stored_name(name: str, config: Config) -> tuple[str, bool]:
-    """Return the usual name in files of a weight that transformers may call otherwise in memory, and whether it is stored transposed."""
-    names = names_of(config.rules, to_ours=True)
-    name = usual_name(name, names, prefixes_of(config.rules))
-    hit = find_rule(name, names)
-    if hit is None:
-        return name, False
-    rule, _, numbers, leaf = hit
-    stored = names_of(config.rules, to_ours=False).get(rule.ours[0]) if rule.kind == "alias" else None
-    if stored is not None and not stored[0].count:
-        return fill(stored[0].theirs[0], numbers, leaf), False
-    return name, rule.kind == "transposed"
+def _stored_names(config: Config) -> Callable[[str], tuple[str, bool]]:
+    """Return what tells of a weight, which may be called otherwise in memory or in some files, its usual name, and if it is transposed."""
+    names, back, prefixes = names_of(config.rules, to_ours=True), names_of(config.rules, to_ours=False), prefixes_of(config.rules)
+
+    def stored_name(name: str) -> tuple[str, bool]:
+        name = usual_name(name, names, prefixes)
+        hit = find_rule(name, names)
+        if hit is None:
+            return name, False
+        rule, _, numbers, leaf = hit
+        stored = back.get(rule.ours[0]) if rule.kind == "alias" else None
+        if stored is not None and not stored[0].count:
+            return fill(stored[0].theirs[0], numbers, leaf), False
+        return name, rule.kind == "transposed"
+
+    return stored_name
 
 
 def _scale(settings: dict[str, Any], name: str, rank: int) -> float:
@@ -383,10 +388,10 @@ def updates_tied_head(updates: Updates, config: Config) -> bool:
 
 def usual_names(stream: Iterable[tuple[str, Tensor]], config: Config, untie: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield weights of theirs under their usual names; with `untie` the embedding is the head too, whatever is stored as that."""
-    names, prefixes = names_of(config.rules, to_ours=True), prefixes_of(config.rules)
+    stored_name = _stored_names(config)
     head, embedding = _theirs("lm_head.weight", config), _theirs("transformer.wte.weight", config)
     for name, tensor in stream:
-        name = usual_name(name, names, prefixes)
+        name, _ = stored_name(name)
         if not (untie and name == head):
             yield name, tensor
         if untie and name == embedding:

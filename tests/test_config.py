@@ -213,6 +213,7 @@ def test_unknown_architectures_are_refused_by_their_config():
         (dict(model_type="mamba9", architectures=["Mamba9ForCausalLM"]), r"'mamba9' \(Mamba9ForCausalLM\).*Supported are: llama"),
         (dict(model_type="llama", architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification.*LlamaForCausalLM"),
         (dict(model_type="llama", quantization_config=dict(quant_method="awq")), "'awq', which cannot be read"),
+        (dict(model_type="llama", quantization_config="fp8"), "`quantization_config` is a mapping in config.json, but got 'fp8'"),
     ):
         with pytest.raises(UserError, match=sentence):
             Config.from_hf(mapping)

@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -64,7 +65,7 @@ def test_both_spellings_mean_the_same(family, tmp_path):
 @EVERY_FAMILY
 @pytest.mark.parametrize("generation", [4, 5])
 def test_an_export_says_what_its_source_said(family, generation, tmp_path):
-    source = facts(family).OLD | dict(model_type=family.model_type, some_note="kept", auto_map={"AutoConfig": "code.py"})
+    source = deepcopy(facts(family).OLD) | dict(model_type=family.model_type, some_note="kept", auto_map={"AutoConfig": "code.py"})
     if generation == 5:
         source = json.loads(AutoConfig.for_model(**source).to_json_string(use_diff=True)) | dict(some_note="kept")
     before = loaded({key: value for key, value in source.items() if key != "auto_map"}, tmp_path)
@@ -75,6 +76,39 @@ def test_an_export_says_what_its_source_said(family, generation, tmp_path):
     }
     assert exported["some_note"] == "kept" and "auto_map" not in exported
     assert exported.get("torch_dtype") == source.get("torch_dtype")
+
+
+def same_but_silent(source):
+    """A config.json, then the same without each of its entries in turn: those of mappings within it too."""
+    yield source
+    for key, value in source.items():
+        yield {other: said for other, said in source.items() if other != key}
+        for inner in value if isinstance(value, dict) else ():
+            yield source | {key: {other: said for other, said in value.items() if other != inner}}
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("generation", [4, 5])
+def test_an_export_leaves_out_what_its_source_does_and_says_the_same(family, generation, tmp_path):
+    whole, compared = deepcopy(facts(family).OLD), 0
+    if generation == 5:
+        whole = AutoConfig.for_model(**deepcopy(whole), model_type=family.model_type).to_dict()
+        whole.pop("model_type")
+    whole = {key: value for key, value in whole.items() if value is not None}
+    for said in same_but_silent(whole):
+        source = said | dict(model_type=family.model_type)
+        try:
+            before = loaded(source, tmp_path)
+            config = Config.from_hf(source)
+        except Exception:  # neither transformers nor we have to read it without that entry
+            continue
+        exported = config.to_hf(source)
+        after = loaded(exported, tmp_path)
+        beside = {"transformers_version"} | ({"architectures"} - said.keys())  # other programs need that one
+        assert {k: v for k, v in after.items() if k not in beside} == {k: v for k, v in before.items() if k not in beside}
+        assert model_fields(Config.from_hf(exported)) == model_fields(config)
+        compared += 1
+    assert compared > len(whole) / 2
 
 
 @WHERE_ROPE_IS_PLAIN
@@ -125,6 +159,48 @@ def test_every_scaling_is_kept_and_turns_as_in_transformers(family, name, tmp_pa
     ours, our_factor = inverse_frequencies(config, 400)
     torch.testing.assert_close(ours, frequencies, rtol=1e-6, atol=0)
     assert our_factor == pytest.approx(factor)
+
+
+OUTSIDE = {  # what stands in the mapping, where the length of pretraining stands outside of it
+    "llama3": SCALINGS["llama3"],
+    "llama3 without": {key: value for key, value in SCALINGS["llama3"].items() if key != "original_max_position_embeddings"},
+    "yarn": SCALINGS["yarn"],
+    "yarn without": dict(factor=4.0),
+    "dynamic": SCALINGS["yarn"],  # which has no such length
+}
+
+
+@pytest.mark.parametrize("family", [FAMILIES[name] for name in ("llama", "mistral", "qwen2", "gemma", "gpt_neox")])
+@pytest.mark.parametrize("outside", [32, None])
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_length_of_pretraining_outside_of_the_scaling_counts_more(family, name, spelling, outside, tmp_path):
+    kind = name.split()[0]
+    source = tiny_config(family, block_size=256, n_embd=64).to_hf()
+    source = {key: value for key, value in source.items() if key not in ("rope_scaling", "rope_parameters")}
+    source |= {spelling: dict(rope_type=kind, **OUTSIDE[name])} | (
+        {} if outside is None else dict(original_max_position_embeddings=outside)
+    )
+    config = Config.from_hf(source)
+    for mapping in (source, config.to_hf(source), config.to_hf()):
+        loaded(mapping, tmp_path)
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", **dict(seq_len=400) if kind == "dynamic" else {})
+        ours, our_factor = inverse_frequencies(config, 400)
+        torch.testing.assert_close(ours, frequencies, rtol=1e-6, atol=0)
+        assert our_factor == pytest.approx(factor)
+        assert model_fields(Config.from_hf(mapping)) == model_fields(config)
+
+
+def test_a_changed_length_of_pretraining_is_changed_wherever_it_stands(tmp_path):
+    scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+    source = tiny_config("llama").to_hf() | dict(rope_scaling=scaling, rope_parameters=scaling, original_max_position_embeddings=32)
+    config = Config.from_hf(source)
+    changed = replace(config, rope_adjustments=config.rope_adjustments | dict(original_max_seq_len=48)).to_hf(source)
+    places = (changed, changed["rope_scaling"], changed["rope_parameters"])
+    assert [place["original_max_position_embeddings"] for place in places] == [48, 48, 48]
+    plain = replace(config, rope_adjustments=dict(factor=3.0)).to_hf(source)
+    assert Config.from_hf(loaded(plain, tmp_path)).rope_adjustments == dict(factor=3.0)
 
 
 def test_other_scalings_are_refused():
@@ -187,13 +263,29 @@ def test_every_pattern_of_a_brand_names_something_published(family):
         names = [name for pattern in brand.sizes for name in expand(pattern)]
         assert len(names) == len(set(names))
         styles = brand.prompt if isinstance(brand.prompt, dict) else {}
-        for pattern in [*styles, *brand.published_as]:
+        for pattern in [*styles, *brand.published_as, *brand.also]:
             assert set(expand(pattern)) <= set(names)
 
 
 @EVERY_FAMILY
 def test_every_prompt_style_is_registered(family):
     assert {row.prompt for row in family.published()} - {None} <= prompt_styles.keys()
+
+
+ALSO = {
+    "meta-llama/Llama-3.1-8B-Instruct": "meta-llama/Meta-Llama-3.1-8B-Instruct",
+    "CohereForAI/c4ai-command-r-plus-08-2024": "CohereLabs/c4ai-command-r-plus-08-2024",
+    "CohereForAI/aya-expanse-8b": "CohereLabs/aya-expanse-8b",
+    "THUDM/GLM-Z1-32B-0414": "zai-org/GLM-Z1-32B-0414",
+    "THUDM/GLM-4-32B-Base-0414": "zai-org/GLM-4-32B-Base-0414",
+}
+
+
+@pytest.mark.parametrize("other, listed", ALSO.items())
+def test_a_checkpoint_that_the_hub_renamed_is_known_by_both_ids_and_listed_once(other, listed):
+    assert Config.from_name(other) == Config.from_name(listed)
+    assert prompt_of(other) == prompt_of(listed)
+    assert listed in known_names() and other not in known_names()
 
 
 def test_prompts_belong_to_exact_names():

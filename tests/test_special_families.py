@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from oracle import pair, their_model
+from oracle import our_model, pair, their_model
 from safetensors.torch import load_file, save_file
 from tiny import facts, tiny_config
-from transformers import AutoConfig, Lfm2Config, Lfm2ForCausalLM, Mistral3Config, Mistral3ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Mistral3Config, Mistral3ForConditionalGeneration
 
 from litgpt.attention import Segments
 from litgpt.checkpoint import load_model, write_checkpoint
@@ -66,6 +66,38 @@ def test_a_model_whose_queries_grow_is_no_llama():
     fields = {key: value for key, value in config.to_dict().items() if key != "family"}
     assert Config(**fields).family == "ministral3"
     assert "llama_4_scaling_beta" not in Config.from_hf(config.to_hf() | dict(model_type="llama", architectures=None)).rope_adjustments
+
+
+OVERLOOKED = {  # entries that transformers 4 heeds and 5 does not
+    "olmo3": (dict(rope_theta=500.0), dict(rope_base=500, rope_local_base_freq=None)),
+    "gemma3_text": (dict(rope_scaling=dict(type="linear", factor=2.0)), dict(rope_adjustments=dict(factor=2.0))),
+    "ministral3": (dict(rope_theta=55.0), dict(rope_base=55)),
+}
+
+
+@pytest.mark.parametrize("model_type", OVERLOOKED)
+@torch.no_grad()
+def test_an_export_says_what_transformers_overlooks_so_that_it_does_not(model_type):
+    entries, fields = OVERLOOKED[model_type]
+    source = tiny_config(model_type).to_hf()
+    for key in ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"):
+        source.pop(key, None)
+    config = Config.from_hf(source | entries)
+    assert {name: getattr(config, name) for name in fields} == fields
+    exported = AutoConfig.for_model(**config.to_hf(source | entries) | dict(pad_token_id=None))
+    theirs = AutoModelForCausalLM.from_config(exported, dtype=torch.float32, attn_implementation="eager").eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.tie_weights()
+    idx = torch.randint(96, (2, 19))
+    torch.testing.assert_close(our_model(theirs, config)(idx), theirs(idx).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("parameters", [dict(rope_type="default"), dict(rope_type="linear", factor=2.0)], ids=["default", "linear"])
+def test_queries_that_grow_without_yarn_are_refused(parameters):
+    source = dict(model_type="ministral3", rope_parameters=parameters | dict(llama_4_scaling_beta=0.1, original_max_position_embeddings=8))
+    with pytest.raises(UserError, match=f"`llama_4_scaling_beta` is 0.1 in config.json beside the `rope_type` '{parameters['rope_type']}'"):
+        Config.from_hf(source)
 
 
 def with_further_layers(model_type, folder, extra):

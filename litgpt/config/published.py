@@ -19,7 +19,8 @@ def hub_id(hf_config: Mapping[str, str]) -> str:
 
 
 BY_ANY_NAME: dict[str, str] = (
-    {hub_id(config["hf_config"]): config["name"] for config in configs}
+    {row.also: row.name for _, row in _PUBLISHED if row.also is not None}
+    | {hub_id(config["hf_config"]): config["name"] for config in configs}
     | {config["hf_config"]["name"]: config["name"] for config in configs}
     | {name: name for name in name_to_config}
 )

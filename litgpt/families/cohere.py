@@ -62,6 +62,10 @@ COHERE = Family(
                 "aya-expanse-32b": B32,
             },
             prompt="command-r",
+            also={
+                "c4ai-command-r-{v01,08-2024,plus,plus-08-2024}": "CohereForAI/c4ai-command-r-{v01,08-2024,plus,plus-08-2024}",
+                "aya-{23-8B,23-35B,expanse-8b,expanse-32b}": "CohereForAI/aya-{23-8B,23-35B,expanse-8b,expanse-32b}",
+            },
         ),
     ],
 )

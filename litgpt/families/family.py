@@ -122,6 +122,8 @@ class Brand:
     """The prompt style they were tuned with; where only some were, a style for each pattern of names."""
     published_as: dict[str, str] = dataclass_field(default_factory=dict)
     """A pattern of names on the hub for each pattern of names that differ from those."""
+    also: dict[str, str] = dataclass_field(default_factory=dict)
+    """A pattern of further ids, `org/name`, for each pattern of names that the hub knows by those too, such as before it renamed them."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Published:
     hub_name: str
     fields: dict[str, Any]
     prompt: str | None
+    also: str | None
 
 
 @dataclass(frozen=True)
@@ -237,12 +240,13 @@ class Family:
         """Yield every checkpoint of its brands, with the exact names that the patterns stand for."""
         for brand in self.brands:
             renamed = {ours: theirs for pair in brand.published_as.items() for ours, theirs in zip(*map(expand, pair), strict=True)}
+            also = {name: hub_id for pair in brand.also.items() for name, hub_id in zip(*map(expand, pair), strict=True)}
             styles = brand.prompt if isinstance(brand.prompt, dict) else dict.fromkeys(brand.sizes, brand.prompt)
             prompts = {name: style for pattern, style in styles.items() for name in expand(pattern)}
             for pattern, sizes in brand.sizes.items():
                 for name in expand(pattern):
                     fields = deepcopy(self.base | brand.base | sizes)
-                    yield Published(name, brand.org, renamed.get(name, name), fields, prompts.get(name))
+                    yield Published(name, brand.org, renamed.get(name, name), fields, prompts.get(name), also.get(name))
 
 
 def expand(pattern: str) -> list[str]:

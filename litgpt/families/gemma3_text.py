@@ -5,7 +5,7 @@ from typing import Any
 
 from litgpt.families.family import Brand, Family, Joint, field
 from litgpt.families.gemma2 import SANDWICH_BASE, SANDWICH_FIELDS, SANDWICH_WEIGHTS, window_size
-from litgpt.families.tables import FULL, SLIDING, float_or_none, format_ropes, layer_types, parse_ropes, whole
+from litgpt.families.tables import FULL, SLIDING, float_or_none, format_ropes, half_said, layer_types, parse_ropes, whole
 from litgpt.weights import alias, same
 
 
@@ -57,6 +57,7 @@ GEMMA_3 = Family(
             ("sliding_window_size", "sliding_window_indices", "rope_indices", "rope_base", "rope_local_base_freq", "rope_adjustments"),
             parse_layers,
             format_layers,
+            half_said,
         ),
     ],
     weights=[

@@ -43,6 +43,10 @@ GLM4 = Family(
                 "GLM-4-32B{,-Base}-0414": B32,
                 "GLM-Z1-32B-0414": B32,
             },
+            also={
+                "GLM-{4,Z1}-{9B,32B}-0414": "THUDM/GLM-{4,Z1}-{9B,32B}-0414",
+                "GLM-4-32B-Base-0414": "THUDM/GLM-4-32B-Base-0414",
+            },
         ),
     ],
 )

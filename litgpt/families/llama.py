@@ -58,6 +58,7 @@ META = [
             "Llama-3-{8B,70B}{,-Instruct}": "Meta-Llama-3-{8B,70B}{,-Instruct}",
             "Llama-3.1-{8B,70B,405B}{,-Instruct}": "Meta-Llama-3.1-{8B,70B,405B}{,-Instruct}",
         },
+        also={"Llama-3.1-{8B,70B,405B}{,-Instruct}": "meta-llama/Llama-3.1-{8B,70B,405B}{,-Instruct}"},
     ),
     Brand(
         "codellama",

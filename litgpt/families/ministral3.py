@@ -8,6 +8,7 @@ from litgpt.families.mistral import EYES, PREFIXES
 from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, LLAMA_WEIGHTS, parse_rope, stretched, with_defaults
 
 YARN = dict(factor=16.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
+# What transformers takes where nothing is said of positions; 5 then overlooks a `rope_theta`, which we do not
 DEFAULT = dict(type="yarn", original_max_position_embeddings=16384) | YARN
 
 

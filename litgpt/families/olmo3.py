@@ -5,7 +5,7 @@ from typing import Any
 
 from litgpt.families.family import Brand, Family, Joint
 from litgpt.families.olmo2 import B7, B32, OLMO2_BASE, OLMO2_FIELDS, OLMO2_WEIGHTS
-from litgpt.families.tables import FULL, SLIDING, format_ropes, layer_types, parse_ropes
+from litgpt.families.tables import FULL, SLIDING, format_ropes, half_said, layer_types, parse_ropes
 
 LOCAL_BASE = 500_000
 WINDOW = 4096
@@ -40,6 +40,13 @@ def format_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
     return dict(layer_types=kinds, sliding_window=window) | ropes
 
 
+def for_some_layers(mapping: Mapping[str, Any]) -> bool:
+    """Return whether transformers 5 would take `rope_theta` for layers without a window only, which means all of them."""
+    nested, base = mapping.get("rope_parameters"), mapping.get("rope_theta")
+    local = nested.get(SLIDING) if isinstance(nested, Mapping) else None
+    return half_said(mapping) or (base not in (None, LOCAL_BASE) and not (isinstance(local, Mapping) and "rope_theta" in local))
+
+
 def three_of_four(n_layer: int) -> dict[str, Any]:
     """Return the fields of so many layers of which every fourth sees all and the others have a window."""
     indices = [int((i + 1) % 4 > 0) for i in range(n_layer)]
@@ -56,6 +63,7 @@ OLMO3 = Family(
             ("sliding_window_size", "sliding_window_indices", "rope_indices", "rope_base", "rope_local_base_freq", "rope_adjustments"),
             parse_layers,
             format_layers,
+            for_some_layers,
         ),
     ],
     weights=OLMO2_WEIGHTS,

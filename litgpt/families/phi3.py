@@ -1,10 +1,11 @@
 """Phi 3 and 4: the Llama block with queries, keys and values in one weight, gate and up in another; positions by LongRoPE."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from litgpt.errors import UserError
-from litgpt.families.family import Brand, Family, Joint, field
+from litgpt.families.family import Brand, Family, Field, Joint, field
 from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, format_rope, parse_rope, rope_fields, rope_type, with_defaults
 from litgpt.weights import ignored, parted, same, tied
 
@@ -37,6 +38,24 @@ def format_longrope(fields: Mapping[str, Any]) -> dict[str, Any]:
     trained = parameters.setdefault(TRAINED, fields["block_size"])
     outside = {key: value for key, value in parameters.items() if key not in (TRAINED, "rope_type")}
     return {TRAINED: trained, "rope_scaling": {"type": "longrope"} | outside, "rope_parameters": parameters}
+
+
+def spelled_before(mapping: Mapping[str, Any]) -> bool:
+    """Return whether positions are described as before transformers 5, which had several words for LongRoPE."""
+    scaling, parameters = mapping.get("rope_scaling"), mapping.get("rope_parameters")
+    if isinstance(scaling, Mapping) and scaling:
+        return "type" in scaling or scaling.get("rope_type") not in [None, "default", "longrope"]
+    return not (isinstance(parameters, Mapping) and parameters.get("rope_type") in ["default", "longrope"])
+
+
+class Share(Field):
+    """The row for the rotated share, which transformers 5 shows twice where it stands both inside and outside of the mapping."""
+
+    def write(self, mapping: dict[str, Any], fields: Mapping[str, Any]) -> None:
+        """Put our field into their `config.json`, outside only where it has not been inside alone."""
+        inside = replace(self, theirs=self.theirs[:1])
+        alone = not inside.silent(mapping) and replace(self, theirs=self.theirs[1:]).silent(mapping)
+        Field.write(inside if alone else self, mapping, fields)
 
 
 # The factors as they were published, one for each of 48 pairs
@@ -118,10 +137,9 @@ PHI_3 = Family(
         field("num_key_value_heads", "n_query_groups"),
         field("max_position_embeddings", "block_size", default=4096),
         field("sliding_window", "sliding_window_size"),
-        Joint(
-            (TRAINED, "rope_scaling", "rope_parameters"), ("rope_adjustments",), parse_longrope, format_longrope, True, ("rope_scaling",)
-        ),
-        *rope_fields(["rope_theta"], ["partial_rotary_factor"])[1:],
+        Joint((TRAINED, "rope_scaling", "rope_parameters"), ("rope_adjustments",), parse_longrope, format_longrope, spelled_before),
+        rope_fields(["rope_theta"])[1],
+        Share(**vars(rope_fields(["rope_theta"], ["partial_rotary_factor"])[2])),
     ],
     weights=[
         same("model.embed_tokens.weight", "transformer.wte.weight"),

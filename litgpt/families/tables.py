@@ -189,6 +189,12 @@ def parse_ropes(mapping: Mapping[str, Any], base: float, local_base: float) -> t
     return *bases, parse_rope({**full, **scaling})
 
 
+def half_said(mapping: Mapping[str, Any]) -> bool:
+    """Return whether `rope_scaling` names its kind by the older word alone, which transformers 5 overlooks here."""
+    scaling = mapping.get("rope_scaling")
+    return isinstance(scaling, Mapping) and "type" in scaling and "rope_type" not in scaling
+
+
 def format_ropes(base: float, local_base: float, adjustments: dict[str, Any] | None) -> dict[str, Any]:
     """Return what `parse_ropes` reads, as transformers 4 and as 5 spells it."""
     scaling = format_rope(adjustments)

@@ -35,7 +35,8 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path, max_shard_siz
             shutil.copyfile(folder / names.PROMPT_STYLE, output / names.PROMPT_STYLE)
         name_stop_tokens(output)
 
-    write_checkpoint(output_dir, model.state_dict(), model.config, source=source, extras=extras, max_shard_bytes=n_bytes)
+    base = folder if folder != source else None  # an adapter of a multimodal model may hold updates of parts that are not computed here
+    write_checkpoint(output_dir, model.state_dict(), model.config, source=source, base=base, extras=extras, max_shard_bytes=n_bytes)
     print(f"Saved {output_dir}.")
 
 

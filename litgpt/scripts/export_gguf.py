@@ -145,8 +145,9 @@ def _verify(architecture: Architecture, model: GPT, entries: dict[str, Any]) -> 
     """Refuse a model of which llama.cpp would compute another one, because no entry says what it takes for granted."""
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(architecture, model, "meta")}
     config = model.config
-    read = config_of(architecture, Metadata(Path("the file"), as_read(entries)), shapes, stored_factors(config))
-    pairs = ((name, getattr(config, name), getattr(read, name)) for name in config.to_dict() if name not in UNCOMPARED)
+    read = config_of(architecture, Metadata(Path("the file"), as_read(entries)), shapes, factors=None)
+    beside = {*UNCOMPARED, "rope_adjustments"} if stored_factors(config) is not None else UNCOMPARED  # the factors say all of it
+    pairs = ((name, getattr(config, name), getattr(read, name)) for name in config.to_dict() if name not in beside)
     for name, ours, theirs in pairs:
         if name == "attention_scores_scalar":
             ours, theirs = ours or config.head_size, theirs or read.head_size

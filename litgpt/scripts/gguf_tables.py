@@ -1,5 +1,6 @@
 """What llama.cpp calls the parts of each architecture in its files, as data for both directions."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from litgpt.translate import translate
 from litgpt.weights import Rule, ignored, joined, same, tied
 
 ROPE_FACTORS = "rope_freqs.weight"  # what each pair's frequency is divided by, where no entry says it
+LLAMA = "llama"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 PATTERN = "attention.sliding_window_pattern"
 
@@ -94,7 +96,7 @@ SOFTCAPS = {"attn_logit_softcapping": "attention_logit_softcapping", "final_logi
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("llama", ("llama", "mistral"), BLOCK, WINDOW, turned=True, may_have=(*BIASES, "tie_embeddings")),
+        Architecture(LLAMA, ("llama", "mistral"), BLOCK, WINDOW, turned=True, may_have=(*BIASES, "tie_embeddings")),
         Architecture("qwen2", ("qwen2",), BLOCK, may_have=("attn_bias", "tie_embeddings")),
         Architecture("qwen3", ("qwen3",), BLOCK + NORMS_OF_HEADS, may_have=("tie_embeddings",)),
         Architecture("gemma", ("gemma",), BLOCK, unit_offset=True),
@@ -240,12 +242,11 @@ def _rope(read: _Entries, fields: dict[str, Any], factors: Tensor | None) -> dic
     kind = read.metadata.text(f"{read.name}.rope.scaling.type", "none")
     factor = read.number("rope.scaling.factor", read.number("rope.scale_linear", 1.0))
     if factors is not None:
-        shape = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-        scaling = {"rope_type": "llama3", "factor": round(factors.max().item(), 4)} | shape
-        if scaling["factor"] > 0 and factors.shape == (fields["head_size"] // 2,):
-            config = Config(**fields | dict(rope_adjustments=parse_rope(scaling)))
-            if torch.allclose(rope_factors(config), factors, rtol=1e-3):
-                return scaling
+        if factors.shape == (fields["head_size"] // 2,) and factors.isfinite().all() and factors.min() > 0:
+            for scaling in _llama3_scalings(factors, Config(**fields)):
+                config = Config(**fields | dict(rope_adjustments=parse_rope(scaling)))
+                if torch.allclose(rope_factors(config), factors, rtol=1e-3):
+                    return scaling
     elif kind == "none" or factor == 1:
         return None
     elif kind == "linear":
@@ -257,6 +258,28 @@ def _rope(read: _Entries, fields: dict[str, Any], factors: Tensor | None) -> dic
     raise UserError(
         f"{read.path} scales its rotary embedding ({kind}) in a way that is not known, so the model would compute wrong numbers."
     )
+
+
+def _llama3_scalings(factors: Tensor, config: Config) -> Iterator[dict[str, Any]]:
+    """Yield what Llama 3's scaling may have been: as Meta has it, and as the pairs say that are stretched in part.
+
+    How much of a pair's frequency is kept grows with the turns it makes over the context of pretraining, from 0 at `low_freq_factor` to 1
+    at `high_freq_factor`. Only the ratios of these three numbers matter, so one may be 1.
+    """
+    most = factors.max().item()
+    scaling = {"rope_type": "llama3", "factor": round(most, 4), "low_freq_factor": 1.0}
+    yield scaling | dict(high_freq_factor=4.0, original_max_position_embeddings=8192)
+    kept = (1 / factors - 1 / most) / (1 - 1 / most) if most > 1 else factors - factors
+    between = ((kept > 1e-4) & (kept < 1 - 1e-4)).nonzero().flatten().tolist()
+    if len(between) < 2:
+        return
+    plain = inverse_frequencies(config)[0].double()
+    first, last = between[0], between[-1]
+    slope = ((kept[first] - kept[last]) / (plain[first] - plain[last])).item()  # original / (2 pi (high - low))
+    low = slope * plain[first].item() - kept[first].item()  # low / (high - low)
+    if slope > 0 and low > 0:
+        original = round(2 * math.pi * slope / low)
+        yield scaling | dict(high_freq_factor=round(1 + 1 / low, 4), original_max_position_embeddings=max(original, 1))
 
 
 def rope_factors(config: Config) -> Tensor:
@@ -284,7 +307,7 @@ def entries_of(architecture: Architecture, config: Config) -> dict[str, Any]:
         values |= {f"{name}.rope.scaling.type": kind, f"{name}.rope.scaling.factor": float(scaling["factor"])}
         if (original := scaling.get("original_max_position_embeddings")) is not None:
             values[f"{name}.rope.scaling.original_context_length"] = original
-    elif kind not in (None, "llama3"):
+    elif kind is not None and (kind != "llama3" or name != LLAMA):  # of other models it does not read the factors
         raise UserError(f"This model scales its positions by {kind!r}, which llama.cpp does not know for {name} models.")
     return values
 

@@ -14,6 +14,7 @@ TINY = dict(
 VARIANTS = {
     "biases": dict(short_conv=dict(kernel_size=3, bias=True)),
     "longer convolutions": dict(short_conv=dict(kernel_size=5, bias=False)),
+    "convolutions of one token": dict(short_conv=dict(kernel_size=1, bias=True)),
     "attention only": dict(mixers=["attention"] * 3, short_conv=None),
     "no groups": dict(n_query_groups=4),
 }

@@ -18,6 +18,7 @@ VARIANTS = {
     "biases": dict(attn_bias=True, attn_proj_bias=True),
     "dense layers": dict(expert_indices=[0, 1, 0, 1]),
     "as many value heads as key heads": dict(gated_delta=SIZES | dict(n_value_heads=2, kernel_size=2)),
+    "convolutions of one token": dict(gated_delta=SIZES | dict(kernel_size=1)),
     "attention only": dict(mixers=["attention"] * 4, gated_delta=None),
     "all of each head turns": dict(rotary_percentage=1.0),
     "one key head": dict(n_query_groups=1),

@@ -20,6 +20,7 @@ from litgpt.checkpoint import load_model, write_checkpoint
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, prompt_styles, save_prompt_style
+from litgpt.rope import inverse_frequencies
 from litgpt.scripts import export_gguf as module
 from litgpt.scripts.export_gguf import export_gguf
 from litgpt.scripts.gguf import import_gguf
@@ -86,6 +87,34 @@ def test_llama_cpp_continues_prompts_of_the_real_model_as_we_do(tmp_path):
         assert theirs.tokenize(text) == prompt
         continued = theirs.continued(prompt, 24)
         assert len(continued) >= 20 and is_greedy(model, prompt, continued)
+
+
+UNUSUAL = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=2.0, original_max_seq_len=16)
+
+
+def test_llama_cpp_stretches_positions_by_any_factors_of_llama_3(tmp_path):
+    pytest.importorskip("xllamacpp")
+    model = tiny_checkpoint(tmp_path / "model", "llama", rope_adjustments=UNUSUAL)
+    export_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
+    llama_cpp = LlamaCpp(tmp_path / "model.gguf")
+    for prompt in ([5, 6, 7], list(range(20, 80))):
+        assert is_greedy(model, prompt, llama_cpp.continued(prompt, 12))
+
+
+def test_factors_that_only_llama_models_have_are_refused_of_others(tmp_path):
+    tiny_checkpoint(tmp_path / "model", "qwen2", rope_adjustments=UNUSUAL)
+    with pytest.raises(UserError, match="scales its positions by 'llama3', which llama.cpp does not know for qwen2 models"):
+        export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("low, high, original", [(1.0, 2.0, 16), (1.0, 4.0, 4096), (2.0, 6.0, 512)])
+def test_any_factors_of_llama_3_are_read_back(tmp_path, low, high, original):
+    scaling = dict(factor=4.0, low_freq_factor=low, high_freq_factor=high, original_max_seq_len=original)
+    model = tiny_checkpoint(tmp_path / "model", "llama", rope_adjustments=scaling, head_size=64, rope_base=500)
+    export_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32")
+    back = load_model(import_gguf(tmp_path / "model.gguf", tmp_path / "back", "float32"))
+    ours, theirs = (inverse_frequencies(config)[0] for config in (model.config, back.config))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=0)
 
 
 def test_a_window_that_llama_cpp_ignores_is_told(tmp_path, capsys):
