@@ -144,7 +144,7 @@ class LoRALinear(nn.Module):
     def merged(self) -> nn.Module:
         """Return a plain linear layer that computes the same, in the weight's own dtype."""
         weight, bias = self.linear.weight, self.linear.bias
-        plain = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        plain = base_model.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         plain.weight = nn.Parameter(updated(weight, self.lora_A, self.spread(), self.scaling), requires_grad=False)
         plain.bias = bias
         return plain

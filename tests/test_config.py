@@ -173,11 +173,32 @@ def test_wrong_values_in_config_json_are_named_with_the_file_and_as_they_are_spe
     assert str(error.value).startswith(str(tmp_path / "config.json")) and str(error.value).count("config.json") < 3
 
 
+@pytest.mark.parametrize(
+    "mapping, sentence",
+    [
+        (dict(model_type="qwen2_moe", num_experts=0), r"^`num_experts` \(our `n_expert`\) is 0, but .* without are not supported"),
+        (
+            dict(model_type="qwen3_next", num_experts=3),
+            r"^`n_expert_per_token` is 1 to `num_experts` \(our `n_expert`\), which is 3, but got 10",
+        ),
+        (dict(model_type="glm4", head_dim=12, partial_rotary_factor=0.25), r"`partial_rotary_factor` .* 0.25 of `head_dim` .* 12 is 3"),
+    ],
+)
+def test_what_does_not_go_together_in_config_json_is_named_as_it_is_spelled_there(mapping, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Config.from_hf(mapping)
+
+
 def test_wrong_values_in_model_config_yaml_are_named_with_the_file(tmp_path):
     (tmp_path / "model_config.yaml").write_text("n_layer: foo\n")
     with pytest.raises(UserError, match="`n_layer` is a positive whole number") as error:
         Config.from_checkpoint(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'model_config.yaml'}: ")
+
+
+def test_litgpt_is_told_the_length_of_pretraining_that_llama_3_needs():
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    assert tiny_config("llama", rope_adjustments=scaling).to_litgpt()["rope_adjustments"] == scaling | dict(original_max_seq_len=128)
 
 
 def test_missing_files_are_named(tmp_path):
@@ -309,5 +330,5 @@ def test_what_litgpt_cannot_express_is_not_written_for_it():
 
 
 def test_an_odd_number_of_rotated_features_is_refused():
-    with pytest.raises(UserError, match="rotates 7"):
+    with pytest.raises(UserError, match="is 7. Choose an even"):
         Config(n_embd=28, n_head=4, rotary_percentage=1.0)

@@ -239,6 +239,10 @@ def test_the_text_part_of_a_multimodal_model_is_read_and_written_back(monkeypatc
     assert model_fields(config) == model_fields(tiny_config("llama"))
     assert config.to_hf(source) == source
     assert config.to_hf()["model_type"] == "llama"
+    text.pop("head_dim")  # what it leaves out, and what is all left out
+    assert Config.from_hf(source).to_hf(source) == source
+    empty = source | {"text_config": None}
+    assert Config.from_hf(empty).to_hf(empty) == source | {"text_config": {}}
 
 
 # What was published

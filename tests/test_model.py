@@ -7,7 +7,7 @@ from tiny import EVERY_FAMILY, EVERY_VARIANT, tiny_config
 from litgpt.attention import Segments
 from litgpt.families import FAMILIES
 from litgpt.loss import IGNORED
-from litgpt.model import GPT, RMSNorm
+from litgpt.model import GPT, Linear, RMSNorm
 
 ATOL = dict(rtol=0, atol=2e-5)
 
@@ -59,6 +59,21 @@ def test_rms_norm_and_its_gradients_equal_the_formula_in_float64():
         expected = torch.autograd.grad((formula * g).sum(), [theirs, norm.weight])
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_row_in_bf16_is_as_exact_as_several_rows_and_has_their_gradients(bias):
+    layer = Linear(576, 192, bias=bias).bfloat16()
+    x = torch.randn(1, 1, 576, dtype=torch.bfloat16)
+    weight, shift = layer.weight.double(), layer.bias.double() if bias else 0.0
+    exact = x.double() @ weight.T + shift
+    with torch.no_grad():
+        row, rows = layer(x), layer(x.expand(3, 1, -1))[:1]
+    assert row.shape == (1, 1, 192) and row.dtype == torch.bfloat16
+    error, usual = ((y.double() - exact).abs().max() for y in (row, rows))
+    assert error <= usual + 2**-8 * exact.abs().max()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.flatten().expand(192, -1))
 
 
 @EVERY_VARIANT

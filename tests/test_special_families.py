@@ -206,9 +206,9 @@ def test_a_model_with_eyes_is_exported_with_them(model_type, tmp_path):
 OTHER_MIXERS = pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "ministral3", "lfm2", "qwen3_next"])
 
 
-def tiny_model(model_type):
+def tiny_model(model_type, **changes):
     """Ours, with weights large enough that every one of them matters."""
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **changes)
     model = GPT(config).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name and not config.norm_add_unit_offset), 0.2)
@@ -252,6 +252,23 @@ def test_cached_rows_of_different_lengths_equal_a_full_pass(model_type):
                 into.append(piece)
         for row, pieces in zip(rows, got):
             torch.testing.assert_close(torch.cat(pieces), model(row)[0], rtol=0, atol=2e-5)
+
+
+KERNELS_OF_ONE = {
+    "lfm2": dict(short_conv=facts("lfm2").TINY["short_conv"] | dict(kernel_size=1)),
+    "qwen3_next": dict(gated_delta=facts("qwen3_next").TINY["gated_delta"] | dict(kernel_size=1)),
+}
+
+
+@pytest.mark.parametrize("rewind", [0, 3])
+@pytest.mark.parametrize("model_type", KERNELS_OF_ONE)
+@torch.no_grad()
+def test_a_convolution_of_one_token_has_nothing_to_remember(model_type, rewind):
+    model, idx = tiny_model(model_type, **KERNELS_OF_ONE[model_type]), torch.randint(96, (2, 12))
+    cache = model.new_cache(2, 12, chunk=7, rewind=rewind)
+    pieces = [model(piece, cache=cache) for piece in idx.split([7, 1, 4], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(idx), rtol=0, atol=2e-5)
+    cache.restore(0, cache.snapshot(1))
 
 
 @OTHER_MIXERS

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from litgpt.errors import UserError, did_you_mean
-from litgpt.families.tables import format_rope, parse_rope
+from litgpt.families.ropes import format_rope, parse_rope
 
 MIXERS = ("attention", "latent", "short_conv", "gated_delta")
 CHOICES = {
@@ -149,8 +149,8 @@ def _complete_heads(config: Any) -> None:
     turning = _turning(config)
     if turning % 2:
         raise UserError(
-            f"The rotated share of a head has pairs of features, but `head_size` {config.head_size} rotates {turning}. "
-            "Choose an even number."
+            f"The features of a head turn in pairs, but `rotary_percentage` {config.rotary_percentage} of "
+            f"`head_size` {config.head_size} is {turning}. Choose an even number."
         )
     if config.shared_attention_norm and not (config.parallel_residual and config.norm_1):
         raise UserError(
@@ -180,13 +180,12 @@ def _complete_experts(config: Any) -> None:
     if not config.n_expert:
         config.expert_indices = None
         if config.mlp_class_name == "LLaMAMoE":
-            raise UserError("`mlp_class_name` is 'LLaMAMoE', which needs `n_expert`, but that is 0.")
+            raise UserError("`n_expert` is 0, but a model whose MLPs are 'LLaMAMoE' has experts; those without are not supported.")
         return
-    if config.mlp_class_name != "LLaMAMoE" or not 0 < config.n_expert_per_token <= config.n_expert:
-        raise UserError(
-            f"A model with {config.n_expert} experts has the `mlp_class_name` 'LLaMAMoE' and chooses 1 to {config.n_expert} a token, "
-            f"but got {config.mlp_class_name!r} and {config.n_expert_per_token}."
-        )
+    if config.mlp_class_name != "LLaMAMoE":
+        raise UserError(f"`mlp_class_name` is 'LLaMAMoE' where `n_expert` is above 0, but got {config.mlp_class_name!r}.")
+    if not 0 < config.n_expert_per_token <= config.n_expert:
+        raise UserError(f"`n_expert_per_token` is 1 to `n_expert`, which is {config.n_expert}, but got {config.n_expert_per_token}.")
     if config.expert_indices is None:
         dense = config.first_k_dense_replace or 0
         config.expert_indices = [int(i >= dense) for i in range(config.n_layer)]

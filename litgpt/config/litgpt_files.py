@@ -65,6 +65,8 @@ def to_litgpt(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     kept |= dict(bias=values["mlp_bias"], attn_bias=bool(values["attn_bias"] and not values["mlp_bias"]))
     if values["n_expert"]:
         kept |= _experts(values)
+    if "low_freq_factor" in (values["rope_adjustments"] or {}):  # LitGPT needs the length of pretraining, which is by default this
+        kept["rope_adjustments"] = dict(original_max_seq_len=values["block_size"]) | values["rope_adjustments"]
     for name, wrong in _problems(values, kept, defaults):
         if wrong:
             raise UserError(f"LitGPT cannot express this config, whose `{name}` is {values[name]!r}.")

@@ -1,7 +1,8 @@
 """Command R and Aya: attention and MLP side by side behind one LayerNorm without bias, neighbouring features turn, logits are scaled."""
 
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import GATED_MLPS, LLAMA_WEIGHTS, head_dim, one_of, rope_fields
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import GATED_MLPS, LLAMA_WEIGHTS, head_dim, one_of
 from litgpt.weights import same
 
 COMMAND_R = dict(n_layer=40, n_head=64, n_embd=8192, intermediate_size=22528, rope_base=8_000_000)

@@ -5,6 +5,7 @@ from typing import Any
 
 from litgpt.errors import UserError
 from litgpt.families.family import Brand, Family, Joint, field
+from litgpt.families.ropes import rope_fields
 from litgpt.families.tables import (
     DECODER_FIELDS,
     EXPERT_WEIGHTS,
@@ -12,7 +13,6 @@ from litgpt.families.tables import (
     LLAMA_BASE,
     MLP_WEIGHTS,
     only,
-    rope_fields,
     whole,
     with_defaults,
     with_experts,

@@ -5,7 +5,8 @@ from typing import Any
 
 from litgpt.errors import UserError
 from litgpt.families.family import Brand, Family, Joint, field
-from litgpt.families.tables import GELUS, four_times, one_of, only, rope_fields, whole
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import GELUS, four_times, one_of, only, whole
 from litgpt.weights import ignored, interleaved_qkv, same, tied, where
 
 SEPARATE = dict(parallel_residual=True, shared_attention_norm=False)  # attention and MLP side by side, each with its own norm

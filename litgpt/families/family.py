@@ -13,6 +13,7 @@ from litgpt.weights import Rule, prefixed, skipped
 NOT_CARRIED = ("auto_map", "quantization_config")  # neither remote code nor quantized weights are exported
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NO_TOKENS = dict.fromkeys(TOKEN_IDS)  # what transformers takes where they are left out may lie beyond the vocabulary
+SLIDING, FULL = "sliding_attention", "full_attention"  # what layers are called that see a window, and all
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,10 @@ class Family:
             meaning: Returns all our fields of a `config.json`, or None of one that cannot be read. What the source leaves out is left out
                 again where the result means the same.
         """
-        of_this_type = source is not None and source.get("model_type") in (self.model_type, *self.wrappers)
-        text = ((source or {}).get("text_config") or {}) if of_this_type and source["model_type"] in self.wrappers else source or {}
-        silent = [row for row in self.fields if of_this_type and row.silent(text)]
+        source = dict(source or {})
+        of_this_type = source.get("model_type") in (self.model_type, *self.wrappers)
+        text = source.get("text_config") if source.get("model_type") in self.wrappers else source
+        silent = [row for row in self.fields if of_this_type and row.silent(text or {})]
         while True:
             written = self._written(fields, source, silent)
             back = meaning(written) if silent else None
@@ -220,13 +222,13 @@ class Family:
                 return written
             silent = still
 
-    def _written(self, fields: Mapping[str, Any], source: Mapping[str, Any] | None, silent: list[Field | Joint]) -> dict[str, Any]:
+    def _written(self, fields: Mapping[str, Any], source: dict[str, Any], silent: list[Field | Joint]) -> dict[str, Any]:
         """Return a `config.json` to which these rows add nothing."""
-        source = deepcopy(dict(source or {}))
+        source = deepcopy(source)
         wrapped = source.get("model_type") in self.wrappers
         if wrapped and self.read(source)["tie_embeddings"] != fields["tie_embeddings"]:
             source["tie_word_embeddings"] = fields["tie_embeddings"]
-        kept = source.pop("text_config", {}) if wrapped else source
+        kept = source.pop("text_config", None) or {} if wrapped else source
         if not wrapped and source.get("model_type") != self.model_type:
             kept = NO_TOKENS | {key: value for key, value in source.items() if key in TOKEN_IDS}
         written = dict(kept) if wrapped else {"architectures": self.architectures[:1], "model_type": self.model_type} | kept
@@ -247,6 +249,15 @@ class Family:
                 for name in expand(pattern):
                     fields = deepcopy(self.base | brand.base | sizes)
                     yield Published(name, brand.org, renamed.get(name, name), fields, prompts.get(name), also.get(name))
+
+
+def whole(mapping: Mapping[str, Any], key: str, default: int, most: int = 10_000) -> int:
+    """Return a whole number that an entry of `config.json` has to be, where it counts something."""
+    value = mapping.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise UserError(f"`{key}` is a whole number of at most {most} in config.json, but got {value!r}.")
+    return value
 
 
 def expand(pattern: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Gemma: a Llama block with a GELU as the MLP's gate, scaled embeddings, and norms that multiply by 1 + weight."""
 
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import GELUS, LLAMA_WEIGHTS, one_of, rope_fields
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import GELUS, LLAMA_WEIGHTS, one_of
 
 GELU_FIRST = {"gelu_pytorch_tanh": "tanh"} | GELUS  # the usual name of it here
 MEANT = {"gelu": "tanh"}  # the first files say so, but the models were trained with the approximation

@@ -5,7 +5,8 @@ from typing import Any
 
 from litgpt.families.family import Brand, Family, field
 from litgpt.families.gemma import GELU_FIRST, GEMMA_BASE, GEMMA_FIELDS
-from litgpt.families.tables import FULL, LLAMA_WEIGHTS, SLIDING, float_or_none, given, one_of, only, rope_fields, windows
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import FULL, LLAMA_WEIGHTS, SLIDING, float_or_none, given, one_of, only, windows
 from litgpt.weights import same
 
 SANDWICH_WEIGHTS = [  # Llama's name of the MLP's norm means attention's second one here

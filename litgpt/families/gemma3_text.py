@@ -5,7 +5,8 @@ from typing import Any
 
 from litgpt.families.family import Brand, Family, Joint, field
 from litgpt.families.gemma2 import SANDWICH_BASE, SANDWICH_FIELDS, SANDWICH_WEIGHTS, window_size
-from litgpt.families.tables import FULL, SLIDING, float_or_none, format_ropes, half_said, layer_types, parse_ropes, whole
+from litgpt.families.ropes import format_ropes, half_said, parse_ropes
+from litgpt.families.tables import FULL, SLIDING, float_or_none, layer_types, whole
 from litgpt.weights import alias, same
 
 

@@ -1,7 +1,8 @@
 """GLM-4 of April 2025: norms before and after attention and MLP, of each head one half turns, neighbours together."""
 
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import DECODER_FIELDS, FRAME_WEIGHTS, LLAMA_BASE, QKV, rope_fields, with_defaults
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import DECODER_FIELDS, FRAME_WEIGHTS, LLAMA_BASE, QKV, with_defaults
 from litgpt.weights import joined, parted, same
 
 B9 = dict(n_layer=40, n_head=32, n_query_groups=2, n_embd=4096, intermediate_size=13696, attn_bias=True)

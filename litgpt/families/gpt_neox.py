@@ -1,7 +1,8 @@
 """GPT-NeoX: attention and MLP side by side, LayerNorm, biases; Pythia and the first StableLM."""
 
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import GELUS, one_of, rope_fields
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import GELUS, one_of
 from litgpt.weights import ignored, interleaved_qkv, same, tied
 
 PYTHIA_410M = dict(n_layer=24, n_head=16, n_embd=1024)

@@ -1,19 +1,8 @@
 """gpt-oss: experts with biases and a clamped gate, sinks that take attention from all keys, every other layer with a short window."""
 
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import (
-    FRAME_WEIGHTS,
-    FULL,
-    LLAMA_BASE,
-    LLAMA_FIELDS,
-    QKV,
-    SLIDING,
-    only,
-    stretched,
-    windows,
-    with_defaults,
-    with_experts,
-)
+from litgpt.families.ropes import stretched
+from litgpt.families.tables import FRAME_WEIGHTS, FULL, LLAMA_BASE, LLAMA_FIELDS, QKV, SLIDING, only, windows, with_defaults, with_experts
 from litgpt.weights import alternating, joined, same, transposed
 
 YARN = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096)

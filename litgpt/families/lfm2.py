@@ -5,7 +5,8 @@ from typing import Any
 
 from litgpt.errors import UserError
 from litgpt.families.family import Brand, Family, Joint, field
-from litgpt.families.tables import FULL, LLAMA_BASE, head_dim, layer_types, rope_fields, whole
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import FULL, LLAMA_BASE, head_dim, layer_types, whole
 from litgpt.weights import ignored, joined, same, tied
 
 CONVOLUTION = "conv"

@@ -5,7 +5,8 @@ from typing import Any
 from litgpt.errors import UserError
 from litgpt.families.family import Brand, Family, field
 from litgpt.families.mistral import EYES, PREFIXES
-from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, LLAMA_WEIGHTS, parse_rope, stretched, with_defaults
+from litgpt.families.ropes import parse_rope, stretched
+from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, LLAMA_WEIGHTS, with_defaults
 
 YARN = dict(factor=16.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
 # What transformers takes where nothing is said of positions; 5 then overlooks a `rope_theta`, which we do not

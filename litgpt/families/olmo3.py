@@ -5,7 +5,8 @@ from typing import Any
 
 from litgpt.families.family import Brand, Family, Joint
 from litgpt.families.olmo2 import B7, B32, OLMO2_BASE, OLMO2_FIELDS, OLMO2_WEIGHTS
-from litgpt.families.tables import FULL, SLIDING, format_ropes, half_said, layer_types, parse_ropes
+from litgpt.families.ropes import format_ropes, half_said, parse_ropes
+from litgpt.families.tables import FULL, SLIDING, layer_types
 
 LOCAL_BASE = 500_000
 WINDOW = 4096

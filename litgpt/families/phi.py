@@ -1,7 +1,8 @@
 """Phi 1 and 2: attention and MLP side by side behind one LayerNorm, biases everywhere, partly rotated heads."""
 
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import GELUS, one_of, rope_fields
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import GELUS, one_of
 from litgpt.weights import ignored, joined, same, tied
 
 PHI_1B = dict(n_layer=24, n_head=32, n_embd=2048, intermediate_size=8192, rotary_percentage=0.5)

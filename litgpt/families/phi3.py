@@ -6,10 +6,9 @@ from typing import Any
 
 from litgpt.errors import UserError
 from litgpt.families.family import Brand, Family, Field, Joint, field
-from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, format_rope, parse_rope, rope_fields, rope_type, with_defaults
+from litgpt.families.ropes import TRAINED, format_rope, parse_rope, rope_fields, rope_type
+from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, with_defaults
 from litgpt.weights import ignored, parted, same, tied
-
-TRAINED = "original_max_position_embeddings"  # how long sequences are at most before the long factors are used
 
 
 def parse_longrope(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from litgpt.families.family import Brand, Family, Joint, field
 from litgpt.families.qwen2_moe import GATED_EXPERT_WEIGHTS
+from litgpt.families.ropes import rope_fields
 from litgpt.families.tables import (
     DECODER_FIELDS,
     FRAME_WEIGHTS,
@@ -14,7 +15,6 @@ from litgpt.families.tables import (
     QKV,
     expert_layers,
     layer_types,
-    rope_fields,
     whole,
     with_defaults,
     with_experts,

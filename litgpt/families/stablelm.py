@@ -1,7 +1,8 @@
 """StableLM since its second generation: a gated MLP, LayerNorm, partly rotated heads."""
 
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import GATED_MLPS, LLAMA_WEIGHTS, one_of, rope_fields
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import GATED_MLPS, LLAMA_WEIGHTS, one_of
 from litgpt.weights import stacked
 
 B3 = dict(n_layer=32, n_head=32, n_embd=2560, intermediate_size=6912, vocab_size=50254, padded_vocab_size=50304)

@@ -1,7 +1,8 @@
 """StarCoder 2: grouped queries, a window, LayerNorm, an MLP without gate, biases everywhere."""
 
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import FRAME_WEIGHTS, GELUS, QKV, head_dim, one_of, rope_fields
+from litgpt.families.ropes import rope_fields
+from litgpt.families.tables import FRAME_WEIGHTS, GELUS, QKV, head_dim, one_of
 from litgpt.weights import joined, same
 
 STARCODER2 = Family(

@@ -11,7 +11,7 @@ from torch import Tensor
 from litgpt.config import Config
 from litgpt.errors import UserError
 from litgpt.families import FAMILIES
-from litgpt.families.tables import format_rope, parse_rope, rope_type
+from litgpt.families.ropes import format_rope, parse_rope, rope_type
 from litgpt.rope import inverse_frequencies
 from litgpt.scripts.gguf_header import Metadata
 from litgpt.translate import translate
