@@ -203,6 +203,14 @@ def test_a_changed_length_of_pretraining_is_changed_wherever_it_stands(tmp_path)
     assert Config.from_hf(loaded(plain, tmp_path)).rope_adjustments == dict(factor=3.0)
 
 
+def test_a_base_inside_the_scaling_is_refused_unless_it_stands_beside_it_too():
+    source = tiny_config("llama", rope_base=500).to_hf()
+    inside = dict(rope_scaling=dict(rope_type="linear", factor=2.0, rope_theta=77.0), rope_parameters=None)
+    with pytest.raises(UserError, match="`rope_scaling` holds a `rope_theta` of 77.0"):
+        Config.from_hf(source | inside)
+    assert Config.from_hf(source | inside | dict(rope_theta=77.0)).rope_base == 77
+
+
 def test_other_scalings_are_refused():
     base = tiny_config("llama").to_hf()
     for wrong, sentence in (

@@ -82,6 +82,10 @@ class Scaling(Field):
 
     def read(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         """Return our field of their `config.json`."""
+        old, new = mapping.get("rope_scaling"), mapping.get("rope_parameters")
+        base = old.get("rope_theta") if isinstance(old, Mapping) else None
+        if base not in (None, mapping.get("rope_theta"), new.get("rope_theta") if isinstance(new, Mapping) else None):
+            raise UserError(f"`rope_scaling` holds a `rope_theta` of {base!r} in config.json. Write it beside `rope_scaling`.")
         return {name: _as_trained(adjustments, mapping) for name, adjustments in super().read(mapping).items()}
 
     def write(self, mapping: dict[str, Any], fields: Mapping[str, Any]) -> None:
