@@ -149,11 +149,21 @@ def peak_memory(task: str, side: int) -> float:
     return float(done.stdout.split()[-1])
 
 
+def profile(run: Run) -> None:
+    """Print which operations three runs spend their time in."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            run()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="Only tasks whose name contains this.")
+    parser.add_argument("--profile", help="Print where the time goes of our side of this task, and nothing else.")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
@@ -161,6 +171,10 @@ def main() -> None:
         for _ in range(3):
             run()
         print(hardware.peak_memory_gb(torch.device("cpu")) * 1000)
+        return
+    if args.profile:
+        torch.set_num_threads(args.threads[0])
+        profile(tasks()[args.profile][0]())
         return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()

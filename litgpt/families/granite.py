@@ -4,7 +4,8 @@ from typing import Any
 
 from litgpt.errors import UserError
 from litgpt.families.family import Brand, Family, field
-from litgpt.families.tables import LLAMA_BASE, LLAMA_FIELDS, LLAMA_WEIGHTS, given
+from litgpt.families.llama import ROWS
+from litgpt.families.tables import LLAMA_BASE, LLAMA_WEIGHTS, given
 
 LOGITS, EMBEDDINGS = given("logits_scaling"), given("embedding_multiplier")
 
@@ -36,15 +37,7 @@ LONG = dict(block_size=131072)
 GRANITE = Family(
     model_type="granite",
     architectures=["GraniteForCausalLM"],
-    fields=[
-        *LLAMA_FIELDS,
-        field("intermediate_size", "intermediate_size", default=11008),
-        field("num_key_value_heads", "n_query_groups"),
-        field("max_position_embeddings", "block_size", default=2048),
-        field("attention_bias", ["attn_bias", "attn_proj_bias"], default=False),
-        field("mlp_bias", "mlp_bias", default=False),
-        *MULTIPLIERS,
-    ],
+    fields=[*ROWS, *MULTIPLIERS],
     weights=LLAMA_WEIGHTS,
     base=LLAMA_BASE,
     brands=[

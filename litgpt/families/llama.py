@@ -199,17 +199,19 @@ OTHERS = [
     ),
 ]
 
+ROWS = [  # Granite has them too
+    *LLAMA_FIELDS,
+    field("intermediate_size", "intermediate_size", default=11008),
+    field("num_key_value_heads", "n_query_groups"),
+    field("max_position_embeddings", "block_size", default=2048),
+    field("attention_bias", ["attn_bias", "attn_proj_bias"], default=False),
+    field("mlp_bias", "mlp_bias", default=False),
+]
+
 LLAMA = Family(
     model_type="llama",
     architectures=["LlamaForCausalLM"],
-    fields=[
-        *LLAMA_FIELDS,
-        field("intermediate_size", "intermediate_size", default=11008),
-        field("num_key_value_heads", "n_query_groups"),
-        field("max_position_embeddings", "block_size", default=2048),
-        field("attention_bias", ["attn_bias", "attn_proj_bias"], default=False),
-        field("mlp_bias", "mlp_bias", default=False),
-    ],
+    fields=ROWS,
     weights=LLAMA_WEIGHTS,
     base=LLAMA_BASE,
     brands=[*META, *DERIVED, *OTHERS],
