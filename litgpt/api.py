@@ -1,7 +1,7 @@
 """The Python interface: load a model, ask it, train it, save it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
@@ -17,7 +17,9 @@ from litgpt.cache import Cache
 from litgpt.checkpoint import copy_side_files, described_by, find_adapter, load_model, write_checkpoint
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
-from litgpt.generate.decode import RowState, complete, new_cache, stream_text
+from litgpt.generate.answers import Generated, Options, Progress, Reply, new_reply, write
+from litgpt.generate.memory import new_cache
+from litgpt.generate.reading import continuation_ids, embeddings, token_logprobs
 from litgpt.generate.run import check_quantize, stop_tokens
 from litgpt.hardware import compute_dtype, find_device, parse_devices, peak_memory_gb, products_dtype
 from litgpt.loss import IGNORED
@@ -27,6 +29,8 @@ from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or messages with `role` and `content`
+Scored = str | tuple[Prompt, str]  # a text, or what it goes on from and the text
+Answered = str | Tensor | Generated  # as text, as ids, or with details
 
 
 class LLM(nn.Module):
@@ -195,7 +199,7 @@ class LLM(nn.Module):
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Sequence[Prompt],
         sys_prompt: str | None = None,
         max_new_tokens: int = 50,
         temperature: float = 1.0,
@@ -203,12 +207,24 @@ class LLM(nn.Module):
         top_p: float = 1.0,
         return_as_token_ids: bool = False,
         stream: bool = False,
-        seed: int | None = None,
-    ) -> str | Tensor | Iterator[str] | Iterator[Tensor]:
-        """Return the answer to a prompt, without the prompt. It ends at the latest where the model's context is full.
+        seed: int | Sequence[int] | None = None,
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        schema: dict[str, Any] | None = None,
+        return_details: bool = False,
+        batch_size: int = 8,
+    ) -> Answered | list[Answered] | Iterator[str] | Iterator[Tensor]:
+        """Return the answer to a prompt, without the prompt, or a list of answers to several prompts.
+
+        An answer ends at the latest where the model's context is full. In fp32 it does not depend on the other prompts.
 
         Args:
-            prompt: A text, which is put into the model's prompt style, or a list of messages with `role` and `content`.
+            prompt: A text, which is put into the model's prompt style, or messages with `role` and `content`; or a list of such prompts.
             sys_prompt: A system prompt; by default the prompt style's own.
             max_new_tokens: The most tokens that the answer may have.
             temperature: Above 1 the answers vary more, below 1 less; 0 always takes the likeliest token.
@@ -216,34 +232,66 @@ class LLM(nn.Module):
             top_p: Choose each token among the fewest likeliest ones whose probabilities reach this sum.
             return_as_token_ids: Return ids (T,), of which the last may be the end token, instead of text.
             stream: Return an iterator that yields pieces of text, or ids (1,) without the end token, as they are made.
-            seed: Makes the answer repeatable; by default `torch.manual_seed` does.
+            seed: Makes the answer repeatable; by default `torch.manual_seed` does. Several prompts share it, or each has its own in a list.
+            min_p: Choose each token among those only that are at least this times as likely as the likeliest one.
+            repetition_penalty: Above 1, tokens that prompt or answer have already become less likely.
+            presence_penalty: Is subtracted from the logits of tokens that the answer has already.
+            frequency_penalty: The same, times how often the answer has them.
+            stop: Texts that end the answer; they are no part of it.
+            logprobs: Return `Generated`, with how likely each token was, and so many of the likeliest tokens at its place.
+            schema: A JSON schema: the answer is JSON that obeys it, if `max_new_tokens` are enough. `{}` allows any JSON.
+            return_details: Return `Generated`: text, tokens, logprobs, and whether it finished by "stop" or "length".
+            batch_size: How many prompts are answered at a time.
 
         Raises:
             UserError: An argument is out of its range, the prompt is longer than the context, or the model is not loaded yet.
         """
-        row = RowState(temperature, top_k, top_p, seed=seed)
+        self._loaded()
+        several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
+        details = return_details or logprobs is not None
+        if stream and (several or details):
+            other = "a list of prompts" if several else "`logprobs`" if logprobs is not None else "`return_details`"
+            raise UserError(f"`stream` yields the pieces of one answer, so it does not go with {other}. Leave one of them out.")
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+        penalties = dict(presence_penalty=presence_penalty, frequency_penalty=frequency_penalty)
+        options = Options(max_new_tokens, **sampling, **penalties, stop=stop, logprobs=logprobs, schema=schema)
+        prompts = list(prompt) if several else [prompt]
+        replies = [self._reply(each, sys_prompt, replace(options, seed=own)) for each, own in zip(prompts, _seeds(seed, len(prompts)))]
+        steps = self._written(replies, batch_size)
+        if stream:
+            return self._pieces(steps, return_as_token_ids)
+        for _ in steps:
+            pass
+        results = [reply.result if details else self._ids(reply.answer.made) if return_as_token_ids else reply.text for reply in replies]
+        return results if several else results[0]
+
+    def _reply(self, prompt: Prompt, sys_prompt: str | None, options: Options) -> Reply:
         ids = encode_prompt(self.prompt_style, self.tokenizer, prompt, sys_prompt=sys_prompt)
-        steps = self._steps(ids, row, max_new_tokens, include_stop=return_as_token_ids and not stream)
-        if return_as_token_ids:
-            pieces = (torch.tensor([token], device=self.preprocessor.device) for new in steps for token in new)
-            return pieces if stream else torch.cat(list(pieces))
-        pieces = stream_text(self.tokenizer, steps)
-        return pieces if stream else "".join(pieces)
+        ends = stop_tokens(self.prompt_style, self.tokenizer)
+        return new_reply(self._loaded(), self.tokenizer, ids, options, ends, self.fixed_kv_cache_size)
 
-    def _steps(self, ids: list[int], row: RowState, max_new_tokens: int, include_stop: bool = False) -> Iterator[list[int]]:
-        """Check everything and return what yields the new tokens of each step."""
-        if self.model is None:
-            raise UserError("The model is not loaded yet. Call `.distribute()` to generate, or `.trainer_setup()` to train.")
-        if self.fixed_kv_cache_size is None:
-            return complete(self.model, ids, row, max_new_tokens, stop_tokens(self.prompt_style, self.tokenizer), include_stop)
-        size, cache, self._cache = self.fixed_kv_cache_size, self._cache, None
-        cache = cache or new_cache(self.model, 1, size)
-        cache.truncate(0, 0)
-        stop = stop_tokens(self.prompt_style, self.tokenizer)
-        steps = complete(self.model, ids, row, max_new_tokens, stop, include_stop, cache)
-        return self._returning(steps, cache)
+    def _written(self, replies: list[Reply], batch_size: int = 1) -> Iterator[Progress]:
+        """Return what fills the replies."""
+        if batch_size < 1:
+            raise UserError(f"`batch_size` counts the prompts that are answered at a time, so it is at least 1, but got {batch_size}.")
+        model, n, length = self._loaded(), len(replies), max((reply.length for reply in replies), default=0)
+        if self.fixed_kv_cache_size is None or n != 1:
+            return write(model, replies, min(batch_size, n), length) if n else iter(())
+        cache, self._cache = self._cache, None
+        cache = cache or new_cache(model, 1, self.fixed_kv_cache_size)
+        return self._returning(write(model, replies, 1, length, cache), cache)
 
-    def _returning(self, steps: Iterator[list[int]], cache: Cache) -> Iterator[list[int]]:
+    def _pieces(self, steps: Iterator[Progress], as_ids: bool) -> Iterator[str] | Iterator[Tensor]:
+        for step in steps:
+            if as_ids:
+                yield from (self._ids([token]) for token in step.tokens)
+            elif step.text:
+                yield step.text
+
+    def _ids(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens, device=self.preprocessor.device)
+
+    def _returning(self, steps: Iterator[Progress], cache: Cache) -> Iterator[Progress]:
         try:
             yield from steps
         finally:
@@ -259,6 +307,58 @@ class LLM(nn.Module):
         """The tokenizer."""
         return self.preprocessor.tokenizer
 
+    # Reading
+
+    def embed(self, texts: str | Sequence[str], pooling: str = "mean", normalized: bool = False) -> Tensor:
+        """Return a vector for each text, (N, C) in fp32: what the model's last norm yields, pooled over the text's tokens.
+
+        Args:
+            texts: One text or several of any lengths, as they are, without the prompt style.
+            pooling: "mean" of all tokens, or the "last" token's.
+            normalized: Whether to divide each vector by its length, so that a product of two is the cosine between them.
+
+        Raises:
+            UserError: There is no such pooling, a text is empty or longer than the context, or the model is not loaded yet.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"`texts` are texts, but one is {wrong[0]!r}.")
+        return embeddings(self._loaded(), [self.tokenizer.encode(text).tolist() for text in texts], pooling, normalized)
+
+    def score(self, texts: Sequence[Scored], per_token: bool = False) -> list[float] | list[list[float]]:
+        """Return how likely the model holds each text to be: the natural logarithm of its probability, a sum over its tokens.
+
+        Args:
+            texts: Texts, or pairs of what is given and what goes on from it, of which only the latter counts. What is given is a text, or
+                messages, which are put into the model's prompt style. A text's first token, which nothing foretells, only counts where
+                the tokenizer puts a BOS token before it.
+            per_token: Return the summands instead, one for each token that counts.
+
+        Raises:
+            UserError: A text is empty or longer than the context, or the model is not loaded yet.
+        """
+        if isinstance(texts, str):
+            raise UserError("`texts` is a list of texts, but got a single one. Put it in [ ].")
+        parts = [self._given_and_counted(text) for text in texts]
+        logprobs = token_logprobs(self._loaded(), [[*given, *ids] for given, ids in parts], [max(len(given), 1) for given, _ in parts])
+        return logprobs if per_token else [sum(summands) for summands in logprobs]
+
+    def _given_and_counted(self, text: Scored) -> tuple[list[int], list[int]]:
+        if isinstance(text, str):
+            return continuation_ids(self.tokenizer, "", text)
+        if not isinstance(text, Sequence) or len(text) != 2 or not isinstance(text[1], str):
+            raise UserError(f"`texts` are texts or pairs of what is given and the text that goes on from it, but one is {text!r}.")
+        given, continuation = text
+        if isinstance(given, str):
+            return continuation_ids(self.tokenizer, given, continuation)
+        ids = encode_prompt(self.prompt_style, self.tokenizer, given)
+        return ids, self.tokenizer.offsets(continuation, inside=True)[0]
+
+    def _loaded(self) -> GPT:
+        if self.model is None:
+            raise UserError("The model is not loaded yet. Call `.distribute()` to use it, or `.trainer_setup()` to train it.")
+        return self.model
+
     # Training
 
     def forward(
@@ -271,9 +371,7 @@ class LLM(nn.Module):
             target_ids: The same ids again, (B, T), with -100 where they do not count: each position's target is the id behind it.
             loss_fn: Takes logits (B, T - 1, V) and targets (B, T - 1); by default the mean cross entropy.
         """
-        if self.model is None:
-            raise UserError("The model is not loaded yet. Call `.trainer_setup()` to train, or `.distribute()` to generate.")
-        logits = self.model(input_ids)
+        logits = self._loaded()(input_ids)
         if target_ids is None:
             return logits
         predictions, targets = logits[..., :-1, :], target_ids[..., 1:]
@@ -287,9 +385,7 @@ class LLM(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the model's own state."""
-        if self.model is None:
-            raise UserError("The model is not loaded yet. Call `.trainer_setup()` or `.distribute()` first.")
-        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+        return self._loaded().load_state_dict(state_dict, strict=strict, assign=assign)
 
     # Saving and measuring
 
@@ -303,8 +399,7 @@ class LLM(nn.Module):
         Raises:
             UserError: The folder exists, or the disk is full.
         """
-        if self.model is None:
-            raise UserError("There is nothing to save: the model is not loaded. Call `.distribute()` or `.trainer_setup()` first.")
+        model = self._loaded()
         style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style or self.prompt_style
 
         def add_tokenizer_and_style(folder: Path) -> None:
@@ -318,7 +413,7 @@ class LLM(nn.Module):
                 (folder / names.CHAT_TEMPLATE).write_text(style.template, encoding="utf-8")
 
         source = self.checkpoint_dir or self.tokenizer_dir
-        weights, config, base = self.model.state_dict(), self.model.config, self.adapter_dir
+        weights, config, base = model.state_dict(), model.config, self.adapter_dir
         write_checkpoint(Path(out_dir), weights, config, source=source, base=base, extras=add_tokenizer_and_style)
 
     def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str | Tensor, dict[str, list[float]]]:
@@ -326,7 +421,7 @@ class LLM(nn.Module):
 
         Args:
             num_iterations: How often to generate.
-            kwargs: The arguments of `generate`.
+            kwargs: The arguments of `generate`, for one prompt.
         """
         if num_iterations < 1:
             raise UserError(f"`num_iterations` must be at least 1, but got {num_iterations}.")
@@ -337,24 +432,26 @@ class LLM(nn.Module):
                 results.setdefault(name, []).append(value)
         return answer, results
 
-    def _measured(self, **kwargs: Any) -> tuple[str | Tensor, dict[str, float]]:
-        as_ids = kwargs.pop("return_as_token_ids", False)
+    def _measured(
+        self, prompt: Prompt, sys_prompt: str | None = None, return_as_token_ids: bool = False, stream: bool = False, **options: Any
+    ) -> tuple[str | Tensor, dict[str, float]]:
         start = perf_counter()
-        ids = self.generate(**kwargs | dict(return_as_token_ids=True, stream=True))
-        first = list(next(ids, ()))
+        reply = self._reply(prompt, sys_prompt, Options(**options))
+        steps = self._written([reply])
+        next(steps)
         seconds_to_first = perf_counter() - start
-        made = torch.stack([*first, *chain.from_iterable(ids)]) if first else torch.empty(0, dtype=torch.long)
-        answer = made if as_ids else self.tokenizer.decode(made)
-        seconds = perf_counter() - start
+        for _ in steps:
+            pass
+        seconds, tokens = perf_counter() - start, reply.result.tokens
         measured = {
             "Seconds total": seconds,
             "Seconds to first token": seconds_to_first,
-            "Tokens generated": len(made),
-            "Inference speed in tokens/sec": len(made) / seconds,
+            "Tokens generated": len(tokens),
+            "Inference speed in tokens/sec": len(tokens) / seconds,
         }
         if self.preprocessor.device.type == "cuda":
             measured["Total GPU memory allocated in GB"] = peak_memory_gb(self.preprocessor.device)
-        return answer, measured
+        return self._ids(tokens) if return_as_token_ids else reply.text, measured
 
 
 class Preprocessor:
@@ -389,6 +486,15 @@ def benchmark_dict_to_markdown_table(results: Mapping[str, Sequence[float]]) -> 
         deviation = stdev(values) if len(values) > 1 else float("nan")
         lines.append(f"| {name:<35} | {mean(values):<27.2f} | {deviation:<27.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int | None]:
+    """Return the seed of each of n prompts."""
+    if seed is None or isinstance(seed, int):
+        return [seed] * n
+    if len(seed) != n:
+        raise UserError(f"`seed` lists {len(seed)} seeds for {n} prompts. Give each prompt one, or all the same.")
+    return list(seed)
 
 
 def _read_trainer_state(file: Path) -> dict[str, Tensor]:

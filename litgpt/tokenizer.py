@@ -108,6 +108,10 @@ class Tokenizer:
         """How many tokens there are, without those that were added to the vocabulary later."""
         return self._model.vocab_size
 
+    def as_json(self) -> str | None:
+        """Return the whole tokenizer as the text of a `tokenizer.json`, or None if it is a sentencepiece model."""
+        return self._model.processor.to_str() if isinstance(self._model, _HuggingFace) else None
+
     def find_token(self, token: str) -> int | None:
         """Return the id of one token, spelt as in the vocabulary, or None if there is none."""
         return self._model.find(token)

@@ -17,8 +17,9 @@ from litgpt.checkpoint import copy_side_files, load_model, write_config
 from litgpt.config import Config
 from litgpt.data import Alpaca, DataModule
 from litgpt.errors import UserError
-from litgpt.generate.decode import RowState, complete
+from litgpt.generate.decode import complete
 from litgpt.generate.run import stop_tokens
+from litgpt.generate.sampling import RowState
 from litgpt.hardware import parse_devices
 from litgpt.launch import cast_parameters, choose_logger, fits_each_device, launch_fabric, training_precision
 from litgpt.loss import IGNORED

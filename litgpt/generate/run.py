@@ -7,7 +7,7 @@ from pathlib import Path
 
 from litgpt.checkpoint import described_by, find_adapter, load_model
 from litgpt.errors import UserError
-from litgpt.generate.decode import compile_blocks
+from litgpt.generate.memory import compile_blocks
 from litgpt.hardware import find_device, products_dtype
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style, with_own_style

@@ -7,12 +7,15 @@ import torch
 from speaking import make_checkpoint
 
 from litgpt.chat import base
-from litgpt.chat.base import Conversation, common_length
+from litgpt.chat import conversation as talking
+from litgpt.chat.commands import COMMANDS, Chat, obey
+from litgpt.chat.conversation import Conversation
 from litgpt.cli import main as cli
 from litgpt.errors import UserError
-from litgpt.generate import decode as decoding
-from litgpt.generate.decode import RowState, complete, stream_text
+from litgpt.generate import memory
+from litgpt.generate.decode import complete, stream_text
 from litgpt.generate.run import load
+from litgpt.generate.sampling import RowState
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +74,14 @@ def test_every_turn_is_answered_as_if_the_whole_conversation_were_one_prompt(spe
 def test_a_turn_feeds_only_what_the_memory_does_not_know(speaker, monkeypatch):
     talk = conversation(speaker)
     "".join(talk.answer("Tell me a long story about a llama that ate grass and hay."))
-    n_before = len(talk.ids)
+    n_before = talk.batch.cache.lengths[0]
     calls, handle = fed(speaker, monkeypatch)
     "".join(talk.answer("And then?"))
     handle.remove()
     whole = len(speaker.encode(talk.messages[:-1]))
     assert calls[0] < whole - n_before + 12  # the new turn, and what the answer's text is spelt anew by
-    assert calls[1:] == [1] * (len(talk.made) - 1) or calls[1:] == [1] * len(talk.made)
+    assert calls[0] == whole - talk.turn.answer.n_reused
+    assert calls[1:] == [1] * (len(talk.turn.answer.made) - 1)
 
 
 def test_the_command_chats_until_an_empty_line(chat, speaker, folder):
@@ -146,9 +150,101 @@ def test_save_writes_messages_that_finetuning_can_read(chat, speaker, tmp_path):
     assert "could not be written: No such file" in out
 
 
+def test_load_goes_on_from_what_was_saved(chat, speaker, tmp_path):
+    file = tmp_path / "chat.json"
+    out, _ = chat(f"Hello\n/save {file}\n/clear\n/load {file}\nAgain\n/load\n/load {tmp_path}/nowhere.json\n/load {tmp_path}\n")
+    first = fresh_answer(speaker, "Hello")
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}, {"role": "user", "content": "Again"}]
+    assert f">> Reply: {fresh_answer(speaker, messages)}\n>> Prompt: Say which file" in out
+    assert "goes on from the 2 messages" in out
+    assert out.count("nowhere.json") == 1 and "Traceback" not in out
+
+
+def test_undo_forgets_the_newest_turn(chat, speaker):
+    out, _ = chat("Hello\nSomething else\n/undo\nAgain\n/undo\n/undo\n/undo\n")
+    first = fresh_answer(speaker, "Hello")
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}, {"role": "user", "content": "Again"}]
+    assert f">> Reply: {fresh_answer(speaker, messages)}\n>> Prompt: The newest turn is forgotten.\n" in out
+    assert out.endswith("There is no turn to forget.\n>> Prompt: \n")
+
+
+def test_regenerate_answers_the_newest_prompt_again(chat, speaker):
+    out, _ = chat("/regenerate\nHello\n/regenerate\n")
+    assert out.count("There is no answer yet") == 1
+    assert replies(out.replace("There is no answer yet to make again.\n", "")) == [fresh_answer(speaker, "Hello")] * 2
+    out, _ = chat("Hello\n/regenerate\n", "--temperature", "5", "--top_k", "null")
+    first, second = replies(out)
+    assert first != second
+
+
+def test_a_second_try_that_says_nothing_leaves_the_first_answer(speaker, monkeypatch):
+    talk = conversation(speaker)
+    "".join(talk.answer("Hello"))
+    before = list(talk.messages)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = speaker.model.register_forward_pre_hook(interrupt)
+    assert obey(Chat(talk), "/regenerate") is True
+    handle.remove()
+    assert talk.messages == before
+
+
+def test_set_shows_and_changes_settings(chat):
+    out, err = chat("/set max_new_tokens 3\nHello\n/set top_k null\n/set min_p=0.5\n/set\n")
+    assert ", 3 tokens" in err
+    shown = dict(line.split() for line in out.rpartition(">> Prompt: temperature")[2].splitlines()[1:-1])
+    assert shown == {
+        "top_k": "null",
+        "top_p": "1.0",
+        "min_p": "0.5",
+        "repetition_penalty": "1.0",
+        "presence_penalty": "0.0",
+        "frequency_penalty": "0.0",
+        "seed": "1234",
+        "max_new_tokens": "3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("/set temprature 1", "no setting 'temprature'. Did you mean 'temperature'?"),
+        ("/set temperature hot", "`temperature` is a number, but got 'hot'"),
+        ("/set temperature -1", "`temperature` must be 0 or more"),
+        ("/set temperature nan", "`temperature` must be 0 or more"),
+        ("/set temperature null", "`temperature` is a number, but got 'null'"),
+        ("/set top_k 1.5", "`top_k` is a whole number, but got '1.5'"),
+        ("/set max_new_tokens 0", "`max_new_tokens` must be at least 1"),
+        ("/set seed null", "`seed` is a whole number"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence_and_the_chat_goes_on(chat, speaker, typed, message):
+    out, _ = chat(f"{typed}\nHello\n")
+    assert message in out
+    assert f">> Reply: {fresh_answer(speaker, 'Hello')}\n" in out
+
+
+def test_stats_say_what_was_remembered(chat, speaker):
+    out, _ = chat("/stats\nHello\nAgain\n/stats\n")
+    assert out.startswith("turns               0\n", out.index("turns"))
+    assert re.search(r"turns +2\ncontext +\d+ of 512 tokens\nnewest prompt +\d+ tokens, of which [1-9]\d* were remembered\n", out)
+
+
+def test_lines_that_end_in_a_backslash_and_quotes_make_one_prompt(chat, speaker):
+    expected = fresh_answer(speaker, "First line\n\nthird line")
+    assert replies(chat("First line\\\n\\\nthird line\n")[0]) == [expected]
+    assert replies(chat('"""First line\n\nthird line"""\n')[0]) == [expected]
+    assert replies(chat('"""\nFirst line\n\nthird line\n"""\n')[0]) == [expected]
+    assert replies(chat('"""Hello"""\n')[0]) == [fresh_answer(speaker, "Hello")]
+    assert replies(chat("Hello\\")[0]) == [fresh_answer(speaker, "Hello")]  # the end of input ends the prompt
+    assert replies(chat('"""Hello')[0]) == [fresh_answer(speaker, "Hello")]
+
+
 def test_help_lists_commands_and_an_unknown_command_names_the_nearest(chat):
     out, _ = chat("/help\n/cleer\n/etc/passwd is a file\n")
-    assert all(name in out for name in base.COMMANDS)
+    assert all(name in out for name in COMMANDS)
     assert "There is no command /cleer. Did you mean '/clear'?" in out
     assert len(replies(out)) == 1  # a path is no command
 
@@ -173,7 +269,7 @@ def test_a_full_context_forgets_the_oldest_turns_with_a_note(tmp_path, capsys):
     talk = conversation(speaker, max_new_tokens=20)
     for i in range(8):
         assert "".join(talk.answer(f"This is question {i}: what is it?")) is not None
-        assert len(talk.ids) <= 96
+        assert len(talk.turn.answer.prompt) + talk.turn.n_tokens <= 96
     assert "forgets the oldest 1 turn" in capsys.readouterr().err
     assert talk.messages[0]["content"] != "This is question 0: what is it?"
     messages = talk.messages[:-1]
@@ -187,13 +283,13 @@ def test_a_prompt_longer_than_the_context_is_said_and_the_chat_goes_on(chat, spe
 
 
 def test_the_memory_grows_with_the_conversation(speaker, monkeypatch):
-    monkeypatch.setattr(base, "FIRST_LENGTH", 32)
+    monkeypatch.setattr(talking, "FIRST_LENGTH", 32)
     talk, messages = conversation(speaker), []
     for i in range(5):
         messages.append({"role": "user", "content": f"Question {i}"})
         messages.append({"role": "assistant", "content": "".join(talk.answer(f"Question {i}"))})
         assert messages[-1]["content"] == fresh_answer(speaker, messages[:-1])
-    assert 32 < talk.cache.length <= 512
+    assert 32 < talk.batch.cache.length <= 512
 
 
 def test_a_cut_answer_says_so(chat):
@@ -243,7 +339,7 @@ def test_closed_streams_end_the_chat(folder, monkeypatch):
 
 
 def test_a_memory_that_cannot_fit_is_said_and_the_chat_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(decoding, "device_memory_gb", lambda device: 1.0)
+    monkeypatch.setattr(memory, "device_memory_gb", lambda device: 1.0)
     speaker = load(make_checkpoint(tmp_path / "vast", context=2**30), precision="32-true")
     talk = conversation(speaker, max_new_tokens=10**9)
     base.process_prompt("Hello", talk)
@@ -256,12 +352,6 @@ def test_a_memory_that_cannot_fit_is_said_and_the_chat_goes_on(tmp_path, monkeyp
 def test_bad_flags_are_refused_before_the_model_is_loaded(flag, value, tmp_path, capsys):
     assert cli(["chat", str(tmp_path / "nowhere"), flag, value]) == 2
     assert f"`{flag[2:]}`" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_common_length_counts_equal_tokens_at_the_start():
-    assert common_length([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert common_length([1, 2], [1, 2, 3]) == 2
-    assert common_length([], [1]) == 0
 
 
 def test_generate_yields_tokens_without_prompt_and_stop(speaker):

@@ -9,20 +9,11 @@ from vocabularies import KINDS, write
 from litgpt.checkpoint import load_model
 from litgpt.config import Config
 from litgpt.errors import UserError
-from litgpt.generate import decode as decoding
-from litgpt.generate.decode import (
-    RowState,
-    StopMatcher,
-    compile_blocks,
-    complete,
-    decode,
-    draw,
-    prefill,
-    probabilities,
-    room,
-    sample,
-    stream_text,
-)
+from litgpt.generate import memory, sampling
+from litgpt.generate.decode import complete, decode, stream_text
+from litgpt.generate.memory import compile_blocks, new_cache, room
+from litgpt.generate.sampling import RowState, draw, probabilities, sample
+from litgpt.generate.stopping import StopMatcher
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
@@ -55,7 +46,7 @@ def test_a_row_without_numbers_leaves_the_others_as_they_are():
     logits[1] = float("nan")
     logits[2] = float("-inf")
     drawn = sample(logits, [RowState(top_p=0.9, seed=5), RowState(top_p=0.9), RowState()])
-    assert drawn.tolist() == [alone.item(), decoding.NO_TOKEN, decoding.NO_TOKEN]
+    assert drawn.tolist() == [alone.item(), sampling.NO_TOKEN, sampling.NO_TOKEN]
 
 
 def greedy(seed=0):
@@ -123,7 +114,7 @@ def test_top_p_is_right_where_it_needs_more_tokens_than_are_looked_at_first(top_
     logits = torch.randn(3, VOCAB) * torch.tensor([[0.1], [4.0], [1.0]])
     rows = [RowState(top_p=top_p), RowState(top_p=top_p), RowState(top_p=top_p, top_k=7)]
     whole = probabilities(logits, rows)
-    monkeypatch.setattr(decoding, "PREFIX", 4)
+    monkeypatch.setattr(sampling, "PREFIX", 4)
     assert torch.equal(probabilities(logits, rows), whole)
 
 
@@ -177,12 +168,12 @@ def test_penalties_are_those_of_their_definitions():
     logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]])
     row = RowState(temperature=0.0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.125)
     row.count_prompt([0, 1], 4, logits.device)
-    assert decoding.penalized(logits, [row]).tolist() == [[1.0, -4.0, 1.0, 0.5]]
+    assert sampling.penalized(logits, [row]).tolist() == [[1.0, -4.0, 1.0, 0.5]]
     assert sample(logits, [row]).item() == 0  # of equal ones the first
-    assert decoding.penalized(logits, [row]).tolist() == [[1.0 - 0.25 - 0.125, -4.0, 1.0, 0.5]]
+    assert sampling.penalized(logits, [row]).tolist() == [[1.0 - 0.25 - 0.125, -4.0, 1.0, 0.5]]
     assert sample(logits, [row]).item() == 2
     assert sample(logits, [row]).item() == 0
-    assert decoding.penalized(logits, [row]).tolist() == [[1.0 - 0.25 - 0.25, -4.0, 0.5 - 0.25 - 0.125, 0.5]]
+    assert sampling.penalized(logits, [row]).tolist() == [[1.0 - 0.25 - 0.25, -4.0, 0.5 - 0.25 - 0.125, 0.5]]
 
 
 def test_a_seed_repeats_a_row_and_torchs_seed_repeats_rows_without_one():
@@ -310,15 +301,6 @@ def test_a_row_ends_where_its_place_in_the_cache_is_full():
     assert shown == [plain_loop(model, [1, 2, 3], 6), plain_loop(model, [4], 8)]
 
 
-@torch.no_grad()
-def test_a_prefill_in_chunks_returns_the_logits_of_each_rows_last_token():
-    model, prompts = tiny_model(), [[1, 2, 3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    for chunk in (2, 3, 7):
-        logits = prefill(model, prompts, model.new_cache(3, 16, chunk=chunk))
-        for row, prompt in zip(logits, prompts, strict=True):
-            torch.testing.assert_close(row, model(torch.tensor([prompt]))[0, -1], rtol=0, atol=1e-5)
-
-
 def test_decoding_calls_the_model_once_for_the_prompt_and_once_for_each_further_token():
     model, calls = tiny_model(), []
     model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
@@ -372,13 +354,13 @@ TEXT = "Once upon 你好 a time 🙂🙃 Grüße llama"
 
 
 def test_a_window_needs_no_more_memory_than_it_looks_at(monkeypatch):
-    monkeypatch.setattr(decoding, "device_memory_gb", lambda device: 0.01)
+    monkeypatch.setattr(memory, "device_memory_gb", lambda device: 0.01)
     fields = dict(sliding_window_size=8, sliding_window_indices=[1, 1])
-    assert decoding.new_cache(tiny_model(**fields), 1, 2**20).length == 2**20
+    assert new_cache(tiny_model(**fields), 1, 2**20).length == 2**20
     with pytest.raises(UserError, match="1,048,576 tokens"):
-        decoding.new_cache(tiny_model(), 1, 2**20)
+        new_cache(tiny_model(), 1, 2**20)
     with pytest.raises(UserError, match="1,048,576 tokens"):
-        decoding.new_cache(tiny_model(**fields), 2**11, 2**9)
+        new_cache(tiny_model(**fields), 2**11, 2**9)
 
 
 def test_a_full_device_is_said_in_one_sentence(monkeypatch):
@@ -387,7 +369,7 @@ def test_a_full_device_is_said_in_one_sentence(monkeypatch):
 
     monkeypatch.setattr(GPT, "new_cache", full)
     with pytest.raises(UserError, match="no memory left to remember 32 tokens. Lower `max_new_tokens`"):
-        decoding.new_cache(tiny_model(), 2, 16)
+        new_cache(tiny_model(), 2, 16)
 
 
 def test_streamed_text_is_the_decoded_text_and_never_holds_half_a_character(tokenizer):

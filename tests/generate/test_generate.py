@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.cli import main as cli
 from litgpt.errors import UserError
-from litgpt.generate import base, decode
+from litgpt.generate import base, memory
+from litgpt.generate.answers import Progress
 from litgpt.generate.run import load
 
 PROMPT = "What food do llamas eat?"
@@ -100,7 +101,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, flags, said):
 
 def test_a_memory_that_cannot_fit_is_refused_in_one_sentence_before_it_is_made(tmp_path, capsys, monkeypatch):
     folder = make_checkpoint(tmp_path / "vast", context=2**30)
-    monkeypatch.setattr(decode, "device_memory_gb", lambda device: 8.0)
+    monkeypatch.setattr(memory, "device_memory_gb", lambda device: 8.0)
     assert cli(["generate", str(folder), "--precision", "32-true", "--max_new_tokens", "1_000_000_000"]) == 2
     out, err = capsys.readouterr()
     n_prompt = len(load(folder, precision="32-true").encode(PROMPT))
@@ -137,11 +138,11 @@ def test_output_that_cannot_be_written_is_one_sentence(folder, words, buffered):
 
 
 def test_an_error_in_the_middle_of_an_answer_begins_its_own_line(folder, capsys, monkeypatch):
-    def broken(*args, **kwargs):
-        yield [65]
+    def broken(model, replies, *args):
+        yield Progress(replies[0], [65], replies[0].push([65]))
         raise UserError("Too bad.")
 
-    monkeypatch.setattr(base, "complete", broken)
+    monkeypatch.setattr(base, "write", broken)
     assert cli(["generate", str(folder), "--precision", "32-true"]) == 2
     out, err = capsys.readouterr()
     assert out.endswith("\n") and err.splitlines()[-1] == "litgpt: Too bad."

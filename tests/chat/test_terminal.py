@@ -1,0 +1,279 @@
+"""The command in a real terminal (a pseudo-terminal, and a screen that obeys its escape sequences), and over a pipe."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+from speaking import make_checkpoint
+
+SCRIPTED = Path(__file__).with_name("scripted.py")
+ASK = ">> Prompt: "
+DONE = r"tokens/sec, \d+ tokens"
+WORDS = " ".join(f"word{i}" for i in range(300))
+MARKDOWN = """Some **bold text** and `code`.
+
+# The title
+- an item that is longer than the sixty columns that this terminal has
+  - nested
+
+```python
+def f(*args): return 2 * 3 * 4
+```
+
+| animal | eats |
+|---|--:|
+| 你好 | **hay** |
+| fox | mice |
+"""
+COMMANDS_THE_TERMINAL = "first \x1b[2J\x1b]0;title\x07\x9b31m\rlast \x1b[5;1Hend\b\b\b"
+UNICODE = "Grüße, 你好世界, 🙂!"
+SCRIPT = {"words": WORDS, "markdown": MARKDOWN, "hack": COMMANDS_THE_TERMINAL, "你好 🙂 é": UNICODE}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The command whose answers are scripted."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("terminal") / "tiny-llama", context=4096)
+    script = folder / "script.json"
+    script.write_text(json.dumps(SCRIPT))
+    return [sys.executable, str(SCRIPTED), str(script), str(folder), "--precision", "32-true", "--max_new_tokens", "1000"]
+
+
+class Terminal:
+    """A chat in a terminal, and what its screen shows."""
+
+    def __init__(self, words, home, columns=60, lines=40, **environment):
+        self.screen = pyte.Screen(columns, lines)
+        self.stream = pyte.ByteStream(self.screen)
+        self.received = b""
+        inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+        environment = {**inherited, "TERM": "xterm-256color", "PYTHONUTF8": "1", "HOME": str(home), **environment}
+        self.process = pexpect.spawn(words[0], words[1:], env=environment, dimensions=(lines, columns), timeout=100, cwd=home)
+        self.process.logfile_read = self
+        self.expect(ASK)
+
+    def write(self, data):
+        self.received += data
+        self.stream.feed(data)
+
+    def flush(self):
+        pass
+
+    def expect(self, pattern):
+        self.process.expect(pattern)
+
+    def type(self, keys, until=r"\.\. "):
+        self.process.send(keys)
+        self.expect(until)
+
+    def say(self, text, until=DONE):
+        """Enter a line, and wait until it is answered."""
+        self.type(f"{text}\r", until)
+        self.expect(ASK)
+
+    def reply(self):
+        """The lines of the newest answer."""
+        lines = [line.rstrip() for line in self.screen.display]
+        start = max(i for i, line in enumerate(lines) if line.startswith(">> Reply:"))
+        return lines[start : next(i for i, line in enumerate(lines) if i > start and line.startswith("Time for inference"))]
+
+    def cells(self, text):
+        """The cells of the screen where a text stands."""
+        row, line = next((i, line) for i, line in enumerate(self.screen.display) if text in line)
+        return [self.screen.buffer[row][line.index(text) + i] for i in range(len(text))]
+
+    def saved(self):
+        """What was said, as /save writes it."""
+        self.say("/save chat.json", "Saved")
+        file = Path(self.process.cwd) / "chat.json"
+        [record] = json.loads(file.read_text())
+        file.unlink()
+        return [message["content"] for message in record["messages"]]
+
+    def end(self, keys):
+        self.process.send(keys)
+        self.expect(pexpect.EOF)
+        self.process.close()
+        return self.process.exitstatus
+
+
+@pytest.fixture(scope="module")
+def begin(words, tmp_path_factory):
+    """Begin a chat in a terminal; at the end nothing of it runs on."""
+    begun = []
+
+    def begin(*flags, **settings):
+        begun.append(Terminal([*words, *flags], tmp_path_factory.mktemp("home"), **settings))
+        return begun[-1]
+
+    yield begin
+    for chat in begun:
+        chat.process.close(force=True)
+
+
+@pytest.fixture(scope="module")
+def shared(begin):
+    """One process for many tests: it takes seconds to start."""
+    chats = []
+
+    def running():
+        if not chats or not chats[-1].process.isalive():
+            chats.append(begin())
+        return chats[-1]
+
+    return running
+
+
+@pytest.fixture
+def chat(shared):
+    """A chat that begins."""
+    chat = shared()
+    chat.process.setwinsize(40, 60)
+    chat.say("/clear", "anew")
+    chat.screen.reset()
+    chat.received = b""
+    chat.say("/help", "Show this")
+    return chat
+
+
+def test_markdown_is_rendered(chat):
+    chat.say("markdown")
+    assert chat.reply() == [
+        ">> Reply: Some bold text and code.",
+        "",
+        "The title",
+        "• an item that is longer than the sixty columns that this",
+        "  terminal has",
+        "  • nested",
+        "",
+        "def f(*args): return 2 * 3 * 4",
+        "",
+        "animal   eats",
+        "─────────────",
+        "你好      hay",
+        "fox      mice",
+        "",
+    ]
+    assert all(cell.bold for cell in chat.cells("bold text") + chat.cells("The title") + chat.cells("eats"))
+    assert all(cell.fg == "cyan" for cell in chat.cells("code") + chat.cells("def f"))
+    assert not any(cell.bold or cell.fg != "default" for cell in chat.cells("Some") + chat.cells("mice") + chat.cells(ASK))
+
+
+def test_a_model_cannot_command_the_terminal(chat):
+    chat.say("hack")
+    assert chat.screen.title == ""
+    assert chat.reply() == [">> Reply: first [2J]0;title31mlast [5;1Hend"]
+    assert chat.cells("/help")
+
+
+def test_ctrl_c_stops_only_the_answer(chat):
+    chat.type("words\r", "word9 ")
+    for _ in range(5):  # hammered on
+        chat.process.sendintr()
+        time.sleep(0.01)
+    chat.expect(DONE)
+    chat.expect(ASK)
+    time.sleep(0.7)
+    chat.say("Again")
+    question, answer, *others = chat.saved()
+    assert question == "words" and answer.startswith("word0 word1") and len(answer) < len(WORDS)
+    assert others == ["Again", "Fine."]
+
+
+def test_several_lines_are_one_prompt(chat):
+    chat.type("first\\\r")
+    chat.say("second")
+    for line in ('"""def f():', "", "    return 1"):
+        chat.type(f"{line}\r")
+    chat.say('"""')
+    chat.process.send("\x1b[200~pasted\n\n  lines\n\x1b[201~")
+    chat.say("")
+    assert chat.saved()[::2] == ["first\nsecond", "def f():\n\n    return 1", "pasted\n\n  lines"]
+
+
+def test_arrows_recall_and_edit_what_was_typed(chat):
+    chat.say("Hello wrld")
+    chat.process.send("\x1b[A" + "\x1b[D" * 3 + "o")
+    chat.say("")
+    assert chat.saved()[::2] == ["Hello wrld", "Hello world"]
+
+
+def test_unicode_is_read_and_shown(chat):
+    chat.say("你好 🙂 é")
+    assert chat.saved() == ["你好 🙂 é", UNICODE]
+    assert "".join(chat.reply()[0].split()) == "".join(f">>Reply:{UNICODE}".split())
+
+
+def test_lines_end_between_words_also_when_the_window_changes(chat):
+    chat.type("words\r", "word60 ")
+    chat.process.setwinsize(30, 25)
+    chat.expect(DONE)
+    chat.expect(ASK)
+    text = chat.received.decode().partition(">> Reply: ")[2].partition("Time for")[0]
+    lines = text.split("\r\n")[:-1]
+    assert "\x1b" not in text and all(re.fullmatch(r"(word\d+ ?)+", line) for line in lines)
+    wide = [line for line in lines if len(line) > 25]
+    narrow = lines[len(wide) :]
+    assert len(wide) > 5 and len(narrow) > 50 and max(map(len, wide)) <= 60 and max(map(len, narrow)) <= 25
+
+
+def test_ctrl_d_ends_the_chat_and_the_terminal_is_as_it_was(begin, shared):
+    chat = shared()
+    chat.say("Hello")
+    assert chat.end("\x04") == 0
+    assert chat.received.count(b"\x1b[?2004h") == chat.received.count(b"\x1b[?2004l")  # of readline: pastes are marked
+
+
+def test_with_multiline_submit_sends_and_ctrl_c_at_the_prompt_ends(begin):
+    chat = begin("--multiline", "true", "--markdown", "false")
+    for line in ("markdown", "", "last"):
+        chat.type(f"{line}\r")
+    chat.say("!submit")
+    assert chat.saved()[0] == "markdown\n\nlast"
+    chat.type("markdown\r")
+    chat.say("!submit")
+    assert ">> Reply: Some **bold text** and `code`." in chat.reply()
+    assert chat.end("\x03") == 0
+
+
+def test_a_killed_chat_leaves_nothing(begin):
+    chat = begin(TERM="dumb")
+    chat.say("markdown")
+    assert b"**bold text**" in chat.received and b"\x1b" not in chat.received  # this terminal knows no more
+    chat.type("words\r", "word9 ")
+    group = os.getpgid(chat.process.pid)
+    os.kill(chat.process.pid, signal.SIGKILL)
+    chat.expect(pexpect.EOF)
+    chat.process.close()
+    assert os.listdir(chat.process.cwd) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+
+
+def test_over_a_pipe_the_output_is_exact(words):
+    typed = 'markdown\n"""\ntwo\nlines"""\nhack\n/undo\n!quit\n'
+    done = subprocess.run(words, input=typed, capture_output=True, encoding="utf-8", timeout=100)
+    greeting = "To end the chat, enter an empty line, !quit or !exit. Ctrl-C stops an answer. /help shows more.\n"
+    replies = "".join(f">> Prompt: >> Reply: {answer}\n" for answer in (MARKDOWN, "Fine.", COMMANDS_THE_TERMINAL.replace("\r", "\n")))
+    assert done.stdout == f"Now chatting with tiny-llama.\n{greeting}{replies}>> Prompt: The newest turn is forgotten.\n>> Prompt: "
+    assert done.returncode == 0 and len(re.findall(DONE, done.stderr)) == 3
+
+
+def test_what_is_typed_in_a_terminal_may_be_answered_into_a_file(words, tmp_path):
+    file = tmp_path / "out.txt"
+    command = " ".join(f"'{word}'" for word in words) + f" > '{file}'"
+    process = pexpect.spawn("/bin/sh", ["-c", command], env={**os.environ, "TERM": "xterm"}, timeout=100)
+    process.sendline("markdown")
+    process.expect(DONE)
+    process.send("\x04")
+    process.expect(pexpect.EOF)
+    assert f">> Reply: {MARKDOWN}\n" in file.read_text()
+    assert "\x1b" not in file.read_text()

@@ -1,0 +1,37 @@
+"""Checkpoints and tasks that all tests of evaluation share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+from tasks import make_checkpoint, make_tasks
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """Makes a tiny random checkpoint, each once; see `make_checkpoint`."""
+    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def make(*kind: str | int) -> Path:
+        if kind not in made:
+            made[kind] = make_checkpoint(folder / "-".join(map(str, ("tiny", *kind))), *kind)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory) -> Path:
+    """A folder with tasks."""
+    return make_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(autouse=True)
+def own_data_cache(tmp_path, monkeypatch):
+    """What datasets keeps goes into the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
