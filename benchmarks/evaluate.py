@@ -90,9 +90,8 @@ def main() -> None:
     dtypes = [torch.float32, *([torch.bfloat16] if hardware.compute_dtype() == torch.bfloat16 else [])]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "lm_eval"))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(
-        f"# Evaluating SmolLM2-135M against lm-eval's class for transformers\n\nCPU: {hardware.device_name()} ({hardware.instruction_sets()})."
-    )
+    print("# Evaluating SmolLM2-135M against lm-eval's class for transformers\n")
+    print(f"CPU: {hardware.device_name()} ({hardware.instruction_sets()}).")
     print(f"{versions}; commit {commit}.")
     print(f"Command: `python {' '.join(sys.argv)}`. Medians of {args.rounds} alternating rounds; {args.limit} questions.\n")
     print("| task | batch size | threads | ours, s | type | HFLM, s | type | speed ratio | largest difference, fp32 |")
@@ -105,14 +104,11 @@ def main() -> None:
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 seconds = timed([lambda lm=lm, asked=asked: answered(lm, asked) for _, _, lm in models], args.rounds)
-                best = {
-                    side: min((s, str(d)[6:]) for s, (of, d, _) in zip(seconds, models, strict=True) if of == side) for side in sides(1)
-                }
-                (ours_s, ours_type), (theirs_s, theirs_type) = best["ours"], best["HFLM"]
-                exact = [answered(lm, asked) for _, dtype, lm in models if dtype == torch.float32]
-                row = (
-                    f"{ours_s:.2f} | {ours_type} | {theirs_s:.2f} | {theirs_type} | {theirs_s / ours_s:.2f} | {largest_difference(*exact)}"
-                )
+                times = [(side, second, str(dtype)[6:]) for second, (side, dtype, _) in zip(seconds, models, strict=True)]
+                ours_s, ours_type = min(pair for side, *pair in times if side == "ours")
+                theirs_s, theirs_type = min(pair for side, *pair in times if side == "HFLM")
+                difference = largest_difference(*(answered(lm, asked) for _, dtype, lm in models if dtype == torch.float32))
+                row = f"{ours_s:.2f} | {ours_type} | {theirs_s:.2f} | {theirs_type} | {theirs_s / ours_s:.2f} | {difference}"
                 print(f"| {name} | {batch_size} | {threads} | {row} |", flush=True)
 
 

@@ -8,6 +8,9 @@ _HOMES = {  # each public name is imported when it is first used
     "Config": "litgpt.config",
     "PromptStyle": "litgpt.prompts",
     "Tokenizer": "litgpt.tokenizer",
+    "CheckpointValidationResult": "litgpt.scripts.validate",
+    "validate_checkpoint": "litgpt.scripts.validate",
+    "estimate_model_memory": "litgpt.scripts.memory_plan",
 }
 __all__ = list(_HOMES)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,16 @@ from litgpt.litgpt_layout import from_litgpt_names
 from litgpt.lora import LoRA, add_lora, lora_filter, merge_lora_weights
 from litgpt.model import GPT
 from litgpt.multimodal import is_whole, other_weights, spelled_as_in, text_weights
-from litgpt.peft_format import adapter_to_peft, add_updates, check_plain, peft_updates, updates_tied_head, usual_names, within_whole
+from litgpt.peft_format import (
+    Updates,
+    adapter_to_peft,
+    add_updates,
+    check_plain,
+    peft_updates,
+    updates_tied_head,
+    usual_names,
+    within_whole,
+)
 from litgpt.tokenizer import Tokenizer
 from litgpt.translate import translate
 from litgpt.weight_files import (
@@ -91,7 +101,7 @@ def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class
     if config.tie_embeddings and "lm_head.weight" in weights and not _is_tied(weights):
         config = replace(config, tie_embeddings=False)  # as transformers does
         print(f"{where} says that head and embedding are one matrix, but holds two that differ, so they are kept apart.", file=sys.stderr)
-    with torch.device("meta"), _WithoutInitialisation():
+    with weightless():
         model = model_class(config)
     expected = model.state_dict()
     if config.tie_embeddings:
@@ -112,6 +122,13 @@ def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     return model.eval()
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Let models that are made meanwhile be on the meta device."""
+    with torch.device("meta"), _WithoutInitialisation():
+        yield
 
 
 class _WithoutInitialisation(TorchFunctionMode):
@@ -198,17 +215,43 @@ def load_lora(
         settings = read_json(folder / names.ADAPTER_CONFIG)
         base = base or base_of(folder, settings.get("base_model_name_or_path"))
         return _with_peft_adapter(folder, settings, base, dtype, device, model_class), base
-    hyperparameters = read_hyperparameters(folder)
-    base = base or base_of(folder, hyperparameters.get("checkpoint_dir"))
+    base = base or base_of(folder, read_hyperparameters(folder).get("checkpoint_dir"))
     model = load_model(base, dtype, device, model_class)
-    settings = {key.removeprefix("lora_"): value for key, value in hyperparameters.items() if key.startswith("lora_")}
+    add_lora(model, lora_settings(folder))
+    load_updates(model, folder, base)
+    return model, base
+
+
+def lora_settings(folder: Path) -> LoRA:
+    """Return the settings of the run that wrote a folder.
+
+    Args:
+        folder: See `has_lora`; none of PEFT's.
+
+    Raises:
+        UserError: What it says of them is wrong.
+    """
+    options = read_hyperparameters(folder).items()
+    settings = {key.removeprefix("lora_"): value for key, value in options if key.startswith("lora_")}
     if unknown := settings.keys() - {field.name for field in fields(LoRA)}:
         raise UserError(f"{folder / names.HYPERPARAMETERS} holds `lora_{min(unknown)}`, which is no option of LoRA. Remove it.")
     try:
-        lora = LoRA(**settings)
+        return LoRA(**settings)
     except UserError as error:
         raise UserError(f"{folder / names.HYPERPARAMETERS} does not say how the LoRA weights were made: {error}") from None
-    add_lora(model, lora)
+
+
+def load_updates(model: GPT, folder: Path, base: Path) -> None:
+    """Give a model's LoRA layers the updates in a folder, in fp32.
+
+    Args:
+        model: Wrapped as `lora_settings` says. The layers of one on the meta device get updates on the CPU.
+        folder: See `has_lora`; none of PEFT's.
+        base: The model's folder, for messages.
+
+    Raises:
+        UserError: They do not fit.
+    """
     stored = unwrapped(folder / names.LIT_LORA) if is_file(folder / names.LIT_LORA) else dict(read_raw(folder))
     modern = from_litgpt_names(stored.items(), model.config)
     updates = {name: tensor for name, tensor in modern if lora_filter(name, tensor) and "/" not in name}
@@ -216,8 +259,10 @@ def load_lora(
     fits = all(tensor.is_floating_point() and tensor.shape == expected[name].shape for name, tensor in updates.items() if name in expected)
     if updates.keys() != expected.keys() or not fits:
         raise UserError(f"The LoRA weights in {folder} do not fit the settings in its {names.HYPERPARAMETERS} and the base model {base}.")
-    model.load_state_dict({name: tensor.to(device) for name, tensor in updates.items()}, strict=False)
-    return model, base
+    device = next(iter(expected.values())).device
+    device = "cpu" if device.type == "meta" else device
+    made = {name: tensor.to(device, torch.float32) for name, tensor in updates.items()}
+    model.load_state_dict(made, strict=False, assign=True)
 
 
 def _with_peft_adapter(
@@ -229,15 +274,12 @@ def _with_peft_adapter(
     model_class: Callable[[Config], GPT],
 ) -> GPT:
     """Return the base model with PEFT's updates added to its weights, which have Hugging Face's names in both."""
-    check_plain(settings, folder)
     if not hf_weight_files(base):
         raise UserError(
             f"{base} has no weights in Hugging Face's layout, which a PEFT adapter belongs to. Convert it with convert_from_litgpt."
         )
     config = Config.from_checkpoint(base)
-    updates = peft_updates(dict(read_file(folder / names.ADAPTER_WEIGHTS)), settings, config)
-    if updates.others:
-        print(f"Skipped {len(updates.others)} updates of other parts, first {updates.others[0]}.", file=sys.stderr, flush=True)
+    updates = read_peft_updates(folder, settings, config)
     untie = updates_tied_head(updates, config)
     stream = usual_names(text_weights(read_plain(base), config), config, untie)
     stream = ((name, _moved(tensor, dtype if name in updates.layers else None, device)) for name, tensor in stream)
@@ -246,6 +288,24 @@ def _with_peft_adapter(
     moved = ((name, _moved(tensor, dtype, device, name)) for name, tensor in translated)
     weights = dict(add_updates(moved, updates.stacks))
     return assemble(config, weights, str(folder), model_class)
+
+
+def read_peft_updates(folder: Path, settings: dict[str, Any], config: Config) -> Updates:
+    """Return the updates in a PEFT adapter; those of other parts of a multimodal model are named in one line on stderr.
+
+    Args:
+        folder: The adapter's.
+        settings: What its `adapter_config.json` holds.
+        config: The architecture of its base.
+
+    Raises:
+        UserError: It is more than low-rank updates, or damaged.
+    """
+    check_plain(settings, folder)
+    updates = peft_updates(dict(read_file(folder / names.ADAPTER_WEIGHTS)), settings, config)
+    if updates.others:
+        print(f"Skipped {len(updates.others)} updates of other parts, first {updates.others[0]}.", file=sys.stderr, flush=True)
+    return updates
 
 
 def described_by(folder: Path) -> Path:

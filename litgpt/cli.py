@@ -36,6 +36,7 @@ COMMANDS = {  # name: (where its function is, what it does)
     "merge_lora": ("litgpt.scripts.merge_lora:merge_lora", "Add a LoRA update to the weights it was trained beside."),
     "evaluate": ("litgpt.eval.evaluate:convert_and_evaluate", "Measure a model on the tasks of lm-eval."),
     "serve": ("litgpt.deploy.serve:run_server", "Serve a model over HTTP, with a page to chat at."),
+    "validate": ("litgpt.scripts.validate:main", "Check a checkpoint, and say what fits on this machine."),
     "perplexity": ("litgpt.eval.perplexity:main", "Measure how well a model predicts texts."),
     "add_tokens": ("litgpt.scripts.add_tokens:add_tokens", "Add tokens to a model's vocabulary."),
     "export_gguf": ("litgpt.scripts.export_gguf:export_gguf", "Write a GGUF file for llama.cpp and Ollama."),

@@ -149,12 +149,44 @@ def _bf16_is_faster(rows: int = 64, width: int = 1024) -> bool:
 
 
 def device_memory_gb(device: torch.device) -> float:
-    """Return how much memory the device has, in GB (10^9 bytes)."""
+    """Return how much memory the device has, in GB (10^9 bytes); of a CPU's, what a container leaves this process."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GB
     if device.type == "xpu":
         return torch.xpu.get_device_properties(device).total_memory / GB
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB if hasattr(os, "sysconf") else float("inf")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
+    return min(physical, group_limit()) / GB
+
+
+def group_limit(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return how many bytes this process's control group, as of a container, may take; infinity where nothing limits it.
+
+    Args:
+        groups: Says in which groups the process is, a line for each hierarchy (man 7 cgroups).
+        mounted: Where the groups' files are.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:  # not on Linux
+        return float("inf")
+    limit = float("inf")
+    for number, kinds, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if number != "0" and "memory" not in kinds.split(","):
+            continue
+        top, file = (mounted, "memory.max") if number == "0" else (mounted / "memory", "memory.limit_in_bytes")
+        group = Path(path.strip("/"))
+        for place in (group, *group.parents):  # inside a container the path may be the host's, and the top is its own group
+            limit = min(limit, _number_in(top / place / file))
+    return limit
+
+
+def _number_in(file: Path) -> float:
+    """Return the number that a file holds; infinity where it holds another word, such as `max`, or is not there."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return float("inf")
+    return int(text) if text.isdecimal() else float("inf")
 
 
 def training_fits(

@@ -1,8 +1,10 @@
 """`LLM.embed` and `LLM.score`, against transformers one text at a time."""
 
+import importlib.util
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,17 @@ def test_a_model_that_is_not_loaded_says_how_to_load_it(folder):
     for use in (lambda: llm.embed("a"), lambda: llm.score(["a"])):
         with pytest.raises(UserError, match=r"\.distribute\(\)"):
             use()
+
+
+def test_the_example_searches_and_chooses(folder, llm, theirs, capsys):
+    spec = importlib.util.spec_from_file_location("embed_and_score", Path(__file__).parents[1] / "examples" / "embed_and_score.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    (cosine, text), *_ = example.nearest(llm, TEXTS[3], TEXTS)
+    assert text == TEXTS[3] and cosine == pytest.approx(1.0, abs=1e-5)
+    prompt, means = theirs[1].apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False), {}
+    for answer in ("Grass and hay.", "Mice", "zq xw", "Ü", "llamas"):
+        means[answer] = hidden_and_logprobs(theirs, prompt + theirs[1](answer).input_ids)[1][len(prompt) - 1 :].mean().item()
+    assert example.choose(llm, MESSAGES[0]["content"], list(means)) == max(means, key=means.get)
+    example.main(str(folder))
+    assert len(capsys.readouterr().out.splitlines()) == len(example.TEXTS) + 1

@@ -93,3 +93,33 @@ def test_training_fits_if_weights_gradients_and_averages_do(monkeypatch):
     assert hardware.training_fits(490_000_000, 0, cpu) and not hardware.training_fits(510_000_000, 0, cpu)  # 16 bytes each, of 8 GB
     assert hardware.training_fits(1_000_000, 3_900_000_000, cpu, frozen_bytes=2)
     assert not hardware.training_fits(490_000_000, 0, cpu, n_sharing=2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "expected"),
+    [
+        ("0::/a/b", {"a/memory.max": "1000", "a/b/memory.max": "max"}, 1000),
+        ("0::/a/b", {"a/memory.max": "1000", "a/b/memory.max": "700"}, 700),
+        ("0::/", {"memory.max": "max"}, float("inf")),
+        ("0::/../host", {"memory.max": "500"}, 500),  # inside of a container
+        ("9:name=systemd:/\n4:memory:/docker/x\n0::/", {"memory/docker/x/memory.limit_in_bytes": "900"}, 900),
+        ("4:cpu,memory:/host/x", {"memory/memory.limit_in_bytes": "800"}, 800),
+        ("4:memoryless:/", {"memory/memory.limit_in_bytes": "800"}, float("inf")),
+        ("", {"memory.max": "500"}, float("inf")),
+    ],
+)
+def test_a_container_limits_the_memory(tmp_path, lines, files, expected):
+    groups = tmp_path / "cgroup"
+    groups.write_text(lines)
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text + "\n")
+    assert hardware.group_limit(groups, tmp_path / "fs") == expected
+
+
+def test_without_control_groups_the_memory_is_the_machines(tmp_path, monkeypatch):
+    assert hardware.group_limit(tmp_path / "none", tmp_path) == float("inf")
+    monkeypatch.setattr(hardware, "group_limit", lambda: 3e9)
+    assert hardware.device_memory_gb(torch.device("cpu")) == min(
+        3.0, hardware.os.sysconf("SC_PAGE_SIZE") * hardware.os.sysconf("SC_PHYS_PAGES") / 1e9
+    )

@@ -10,7 +10,12 @@ What is put in the place of the real world, and nothing else:
 - The files that a reader brings along are there (`FILES`, `config_hub/`). A block that begins with `# NAME.py` or
   `# NAME.yaml` is the file of that name: it is written.
 - What is typed into a chat comes from `TYPED`.
-- Lines in `NOT_RUN` are not run, for the reason beside them; any other line that is neither `litgpt ...` nor `python FILE ...` fails.
+- `litgpt serve ...` and `python server.py` start a server in a process of its own, for which the blocks after it wait and to which
+  they talk. It ends, as by Ctrl-C, where the page starts the next one, or with the page. Its port is a free one: the pages say 8000.
+- Lines of the programs in `SHELL` are run by bash, if they are installed; curl fails where a server answers with an error.
+- Chat models of the families in `CALLING` have a chat template that knows functions, as the real ones do.
+- Lines in `NOT_RUN` are not run, for the reason beside them; any other line that is neither `litgpt ...` nor `python FILE ...` nor of a
+  program in `SHELL` fails.
 
 Blocks of the kinds text, json and yaml show output and data; json and yaml must be valid.
 """
@@ -37,6 +42,7 @@ import vocabularies
 import yaml
 from gguf_files import write_gguf
 from hub_server import HubServer
+from page_server import PageServer, run_shell
 from speaking import TEMPLATE
 from tiny import tiny_config
 
@@ -54,6 +60,9 @@ LINKING = [*PAGES, ROOT / "CONTRIBUTING.md"]
 
 # The rule
 
+PORT = r"\b8000\b"
+SHELL = ("cp", "curl", "mkdir", "openssl")
+CALLING = {"qwen3"}
 GATED = {"meta-llama/Llama-3.2-1B-Instruct": "hf_YourToken"}
 
 FINETUNE = (
@@ -78,6 +87,7 @@ NOT_RUN = {
     "make test": ".ci/run runs it: it runs this test",
     "pip install -e '.[all]'": "needs the package index; the Makefile runs it with the extra [test]",
     "tensorboard --logdir out/pretrained-model/logs": "shows a web page until it is stopped",
+    'litgpt evaluate HuggingFaceTB/SmolLM2-135M-Instruct --tasks "hellaswag,mmlu" --batch_size 8': "needs the tasks' data from the hub",
 }
 
 ANIMALS = ["llama", "fox", "owl", "hare", "carp", "newt", "lark", "seal", "toad", "wren", "goat", "mole"]
@@ -85,6 +95,14 @@ PAIRS = [{"instruction": f"What does the {animal} eat?", "input": "", "output": 
 CHATS = [
     {"messages": [{"role": "user", "content": pair["instruction"]}, {"role": "assistant", "content": pair["output"]}]} for pair in PAIRS
 ]
+QUESTIONS = [{"question": f"What does the {animal} eat?", "choices": ["what it finds", animal], "answer": 0} for animal in ANIMALS]
+CALLING_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PROSE = "".join(f"Once upon a time there was a {animal}, and it ate what it found.\n" for animal in ANIMALS)
 
 
@@ -109,6 +127,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "data/train.json": lambda path: path.write_text(json.dumps(PAIRS)),
     "data/val.json": lambda path: path.write_text(json.dumps(PAIRS[:2])),
     "data/alpaca/alpaca_data_cleaned_archive.json": lambda path: path.write_text(json.dumps(PAIRS * 10)),
+    "questions.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, QUESTIONS))),
     "custom_texts/animals.txt": lambda path: path.write_text(PROSE),
     "custom_texts/more.txt": lambda path: path.write_text(PROSE[::-1]),
     "validation_texts/held_out.txt": lambda path: path.write_text(PROSE.upper()),
@@ -121,13 +140,14 @@ FILES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run(page, world):
+def test_the_blocks_of_a_page_run(page, world, server):
     for place, language, content in blocks(page):
+        content = re.sub(PORT, str(server.port), content)
         if named := re.match(r"# ([\w.-]+\.(?:py|yaml))\n", content):
             Path(named[1]).write_text(content)
         elif language == "bash":
             for line in content.replace("\\\n", " ").splitlines():
-                run_line(line.strip(), place)
+                run_line(line.strip(), place, server)
         elif language == "python":
             with own_process(importable=True):
                 exec(compile("\n" * int(place.partition(":")[2]) + content, page, "exec"), {"__name__": "__main__"})
@@ -190,7 +210,7 @@ def check_records(content: object) -> None:
 # Running lines
 
 
-def run_line(line: str, place: str) -> None:
+def run_line(line: str, place: str, server: PageServer) -> None:
     """Run one line of a shell block."""
     if not line or line.startswith("#") or line in NOT_RUN:
         return
@@ -201,6 +221,12 @@ def run_line(line: str, place: str) -> None:
     while "=" in words[0]:
         name, _, variables[name] = words.pop(0).partition("=")
     program, *argv = words
+    if (program, argv[0]) in (("litgpt", "serve"), ("python", "server.py")):
+        server.start(line, program, argv, variables)
+        return
+    if program in SHELL:
+        assert (problem := run_shell(line)) is None, f"{place}: {line}\n{problem}"
+        return
     if program == "litgpt":
         with own_process(variables.get("PYTHONPATH") == "."):
             prepare_process(argv, variables)
@@ -276,7 +302,7 @@ def stand_in(tmp_path_factory) -> Callable[[str, bool], Path]:
 
     def make(family: str, chats: bool) -> Path:
         if (family, chats) not in made:
-            template = {"chat_template": TEMPLATE} if chats else {}
+            template = {"chat_template": CALLING_TEMPLATE if family in CALLING else TEMPLATE} if chats else {}
             tokenizer = vocabularies.write(folder / f"{family}-{chats}-tokenizer", "byte_level", **template)
             config = tiny_config(family, vocab_size=640, padded_vocab_size=640, block_size=512)
             made[family, chats] = folder / f"{family}-{chats}"
@@ -328,7 +354,7 @@ def belongings(tmp_path_factory) -> Path:
 def world(tmp_path, monkeypatch, hub, package_index, belongings) -> Path:
     """A folder with nothing but the files that a reader brings along, and the environment that a page is run in."""
     monkeypatch.chdir(tmp_path)
-    for name in ("HF_TOKEN", "LIGHTNING_ARTIFACTS_DIR"):
+    for name in ("HF_TOKEN", "LIGHTNING_ARTIFACTS_DIR", "LITGPT_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "home", "PIP_NO_INDEX": 1, "PIP_FIND_LINKS": package_index}
     for name, value in environment.items():
@@ -336,3 +362,14 @@ def world(tmp_path, monkeypatch, hub, package_index, belongings) -> Path:
     shutil.copytree(belongings, ".", dirs_exist_ok=True)
     Path("config_hub").symlink_to(ROOT / "config_hub")
     return tmp_path
+
+
+@pytest.fixture
+def server(world) -> Iterator[PageServer]:
+    """What a page starts as a server, gone with the page."""
+    held = PageServer()
+    try:
+        yield held
+        held.end()
+    finally:
+        held.kill()

@@ -86,7 +86,7 @@ def interact(conversation: Conversation, multiline: bool = False, markdown: bool
         markdown: Whether to show answers as Markdown.
     """
     edit_lines()
-    chat, stopped_at = Chat(conversation, markdown), float("-inf")
+    chat = Chat(conversation, markdown)
     while True:
         try:
             prompt = read_prompt(multiline)
@@ -94,18 +94,14 @@ def interact(conversation: Conversation, multiline: bool = False, markdown: bool
                 return
             if prompt.strip().lower() == SUBMIT:
                 print(f"Without `--multiline true` every line is sent at once: there is nothing for {SUBMIT} to send.")
-                continue
-            is_stopped = obey(chat, prompt)
-            if is_stopped is None:
-                is_stopped = chat.say(prompt)
-            if is_stopped:
-                stopped_at = perf_counter()
+            elif not obey(chat, prompt):
+                chat.say(prompt)
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print()
-            if perf_counter() - stopped_at > GRACE:
+            if perf_counter() - conversation.stopped_at > GRACE:
                 return
 
 

@@ -19,13 +19,13 @@ class Chat:
     conversation: Conversation
     markdown: bool = False
 
-    def say(self, prompt: str) -> bool:
-        """Print the answer to a prompt; return whether Ctrl-C stopped it."""
-        return process_prompt(prompt, self.conversation, self.markdown)
+    def say(self, prompt: str) -> None:
+        """Print the answer to a prompt."""
+        process_prompt(prompt, self.conversation, self.markdown)
 
 
-def obey(chat: Chat, text: str) -> bool | None:
-    """Do what a command says; return whether Ctrl-C stopped an answer, or None if the text is no command.
+def obey(chat: Chat, text: str) -> bool:
+    """Do what a command says; return whether the text is one.
 
     Args:
         chat: The chat.
@@ -33,15 +33,15 @@ def obey(chat: Chat, text: str) -> bool | None:
     """
     command = COMMAND.fullmatch(text.strip())
     if command is None:
-        return None
+        return False
     if command[1] not in COMMANDS:
         print(f"There is no command {command[1]}.{did_you_mean(command[1], COMMANDS)} /help shows all.")
-        return False
+        return True
     try:
-        return bool(COMMANDS[command[1]][1](chat, command[2] or ""))
+        COMMANDS[command[1]][1](chat, command[2] or "")
     except UserError as error:
         print(error)
-        return False
+    return True
 
 
 # What was said
@@ -61,16 +61,15 @@ def _undo(chat: Chat, _: str) -> None:
     print("There is no turn to forget." if chat.conversation.undo() is None else "The newest turn is forgotten.")
 
 
-def _regenerate(chat: Chat, _: str) -> bool:
+def _regenerate(chat: Chat, _: str) -> None:
     before = chat.conversation.messages
     prompt = chat.conversation.undo()
     if prompt is None:
         raise UserError("There is no answer yet to make again.")
     without = chat.conversation.messages
-    is_stopped = chat.say(prompt)
+    chat.say(prompt)
     if chat.conversation.messages == without:  # nothing was said in its place
         chat.conversation.messages = before
-    return is_stopped
 
 
 # Files
@@ -153,7 +152,7 @@ def _setting(conversation: Conversation, name: str) -> int | float | None:
 def _stats(chat: Chat, _: str) -> None:
     conversation, turn = chat.conversation, chat.conversation.turn
     print(f"{'turns':20}{len(conversation.messages) // 2}")
-    if turn is None:
+    if turn is None or turn.seconds == 0:  # stopped before it began
         return
     n_prompt, n = len(turn.answer.prompt), turn.n_tokens
     print(f"{'context':20}{n_prompt + n} of {conversation.context} tokens")
@@ -169,7 +168,7 @@ def _help(*_: object) -> None:
     print('A line that ends in \\ goes on in the next one, and """ stands around several lines.')
 
 
-COMMANDS: dict[str, tuple[str, Callable[[Chat, str], object]]] = {
+COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {
     "/clear": ("Forget the conversation.", _clear),
     "/undo": ("Forget the newest turn.", _undo),
     "/regenerate": ("Answer the newest prompt again.", _regenerate),

@@ -47,6 +47,7 @@ class Conversation:
         self.context = speaker.model.config.block_size
         self.messages: list[dict[str, str]] = []
         self.turn: Turn | None = None
+        self.stopped_at = float("-inf")  # when Ctrl-C last stopped an answer
         self.is_broken = False  # whether something interrupted a step, so that nobody knows what the memory holds
         self.batch = self._new_batch(min(FIRST_LENGTH, self.context))
 

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from time import perf_counter
 
 from litgpt.chat.conversation import Conversation
 from litgpt.chat.markdown import Markdown, Plain
@@ -97,33 +98,29 @@ def _read_more() -> str | None:
 # Answers
 
 
-def process_prompt(prompt: str, conversation: Conversation, markdown: bool = False) -> bool:
+def process_prompt(prompt: str, conversation: Conversation, markdown: bool = False) -> None:
     """Print the answer to a prompt while it is made. Ctrl-C stops it.
 
     Args:
         prompt: What the person says.
         conversation: What was said before; the turn is added to it.
         markdown: Whether to show headings, lists, bold text and the like as such.
-
-    Returns:
-        Whether it was stopped.
     """
-    with one_interrupt():
+    with one_interrupt(conversation):
         print(REPLY, end="", flush=True)
-        page, is_stopped = _page(markdown), False
+        page = _page(markdown)
         try:
             with closing(conversation.answer(prompt)) as answer:
                 for text in answer:
                     print(page.push(text), end="", flush=True)
         except KeyboardInterrupt:
-            is_stopped = True
+            pass
         except UserError as error:
             print(page.flush())
             note(str(error))
-            return False
+            return
         print(page.flush())
         _tell(conversation)
-    return is_stopped
 
 
 def _page(markdown: bool) -> Plain | Markdown:
@@ -134,7 +131,7 @@ def _page(markdown: bool) -> Plain | Markdown:
 
 
 def _tell(conversation: Conversation) -> None:
-    if (turn := conversation.turn) is None:  # stopped before it began
+    if (turn := conversation.turn) is None or turn.seconds == 0:  # stopped before it began
         return
     seconds, n = turn.seconds, turn.n_tokens
     note(f"Time for inference: {seconds:.2f} sec total, {n / seconds:.2f} tokens/sec, {n} tokens")
@@ -143,8 +140,8 @@ def _tell(conversation: Conversation) -> None:
 
 
 @contextmanager
-def one_interrupt() -> Iterator[None]:
-    """Let the first Ctrl-C raise KeyboardInterrupt, and ignore the next ones until what it stopped is tidied up."""
+def one_interrupt(conversation: Conversation) -> Iterator[None]:
+    """Let the first Ctrl-C raise KeyboardInterrupt and note when, and ignore the next ones until what it stopped is tidied up."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):  # where it does not stop programs anyway
         yield
@@ -152,6 +149,7 @@ def one_interrupt() -> Iterator[None]:
 
     def stop(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        conversation.stopped_at = perf_counter()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, stop)

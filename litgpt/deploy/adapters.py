@@ -1,9 +1,8 @@
 """Several LoRA adapters beside one model: each token of a call is computed with the one whose slot it has, or with none."""
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +14,15 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.cache import Latents, Span, upload
-from litgpt.checkpoint import _WithoutInitialisation, find_adapter, read_hyperparameters
+from litgpt.checkpoint import find_adapter, load_updates, lora_settings, read_peft_updates, weightless
 from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean
 from litgpt.experts import Experts, Rows, grouped_linear
 from litgpt.files import is_file, read_json
-from litgpt.litgpt_layout import from_litgpt_names
-from litgpt.lora import LoRA, LoRAExperts, LoRALinear, add_lora, lora_filter
+from litgpt.lora import LoRAExperts, LoRALinear, add_lora
 from litgpt.model import GPT, LatentAttention
-from litgpt.peft_format import STACKS, Factors, check_plain, peft_updates
+from litgpt.peft_format import STACKS, Factors
 from litgpt.translate import CONVERSIONS, fill, find_rule, names_of
-from litgpt.weight_files import read_file, read_raw, unwrapped
 from litgpt.weights import Rule
 
 NAME = r"[A-Za-z0-9._/:-]{1,96}"
@@ -417,7 +414,7 @@ def stored_pairs(folder: Path, base: Path, config: Config) -> Iterator[tuple[str
         base: The model's folder, for messages.
         config: The architecture of the model.
     """
-    with torch.device("meta"), _WithoutInitialisation():
+    with weightless():
         model = GPT(config)
         add_lora(model, lora_settings(folder))
     load_updates(model, folder, base)
@@ -429,49 +426,6 @@ def stored_pairs(folder: Path, base: Path, config: Config) -> Iterator[tuple[str
                 yield f"{name}.{leaf}", (A.detach(), B.detach() * layer.scaling)
 
 
-def lora_settings(folder: Path) -> LoRA:
-    """Return the settings of the run that wrote a folder.
-
-    Args:
-        folder: See `has_lora`; none of PEFT's.
-
-    Raises:
-        UserError: What it says of them is wrong.
-    """
-    options = read_hyperparameters(folder).items()
-    settings = {key.removeprefix("lora_"): value for key, value in options if key.startswith("lora_")}
-    if unknown := settings.keys() - {field.name for field in fields(LoRA)}:
-        raise UserError(f"{folder / names.HYPERPARAMETERS} holds `lora_{min(unknown)}`, which is no option of LoRA. Remove it.")
-    try:
-        return LoRA(**settings)
-    except UserError as error:
-        raise UserError(f"{folder / names.HYPERPARAMETERS} does not say how the LoRA weights were made: {error}") from None
-
-
-def load_updates(model: GPT, folder: Path, base: Path) -> None:
-    """Give a model's LoRA layers the updates in a folder, in fp32.
-
-    Args:
-        model: Wrapped as `lora_settings` says. The layers of one on the meta device get updates on the CPU.
-        folder: See `has_lora`; none of PEFT's.
-        base: The model's folder, for messages.
-
-    Raises:
-        UserError: They do not fit.
-    """
-    stored = unwrapped(folder / names.LIT_LORA) if is_file(folder / names.LIT_LORA) else dict(read_raw(folder))
-    modern = from_litgpt_names(stored.items(), model.config)
-    updates = {name: tensor for name, tensor in modern if lora_filter(name, tensor) and "/" not in name}
-    expected = {name: parameter for name, parameter in model.named_parameters() if lora_filter(name, parameter)}
-    fits = all(tensor.is_floating_point() and tensor.shape == expected[name].shape for name, tensor in updates.items() if name in expected)
-    if updates.keys() != expected.keys() or not fits:
-        raise UserError(f"The LoRA weights in {folder} do not fit the settings in its {names.HYPERPARAMETERS} and the base model {base}.")
-    device = next(iter(expected.values())).device
-    device = "cpu" if device.type == "meta" else device
-    made = {name: tensor.to(device, torch.float32) for name, tensor in updates.items()}
-    model.load_state_dict(made, strict=False, assign=True)
-
-
 def peft_pairs(folder: Path, base: Path, config: Config, weight_of: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Pair]]:
     """Yield the factors in a PEFT adapter, by our names of the weights.
 
@@ -481,11 +435,7 @@ def peft_pairs(folder: Path, base: Path, config: Config, weight_of: Callable[[st
         config: The architecture of the model.
         weight_of: Returns one of our weights by its name, or None if no update can stand beside it.
     """
-    settings = read_json(folder / names.ADAPTER_CONFIG)
-    check_plain(settings, folder)
-    updates = peft_updates(dict(read_file(folder / names.ADAPTER_WEIGHTS)), settings, config)
-    if updates.others:
-        print(f"Skipped {len(updates.others)} updates of other parts, first {updates.others[0]}.", file=sys.stderr, flush=True)
+    updates = read_peft_updates(folder, read_json(folder / names.ADAPTER_CONFIG), config)
     for name, factors in updates.stacks.items():
         if (weight := weight_of(name)) is None:
             raise _nowhere(name, base)

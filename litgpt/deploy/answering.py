@@ -26,7 +26,9 @@ GONE = 499  # what the log says where nobody waits for the answer
 ENDS = {  # why an answer ended that is not whole
     "timeout": (504, "The time for this request is over. Ask for fewer tokens, or start the server with a longer `--timeout`.", "timeout"),
     "cancelled": (503, "The server is about to end.", "stopping"),
-    "error": (503, "The answer cannot be computed.", "engine_failed"),
+    "error": (503, "The engine broke. Start the server again.", "engine_failed"),
+    "no numbers": (500, "The model computes no numbers here: its weights are damaged, or too coarse.", "no_numbers"),
+    "too complex": (400, "The schema, or the schemas of the tools, are too complex to keep to.", "schema_too_complex"),
 }
 
 
@@ -232,9 +234,11 @@ class Job:
                 continue
             stream = self.streams[index]
             self._time(index, at, len(update.tokens))
-            piece, finish = stream.push(update.tokens, update.logprobs), update.finish
+            piece, finish, grammar = stream.push(update.tokens, update.logprobs), update.finish, self.answers[index].row.grammar
+            if finish is not None and grammar is not None and grammar.error:
+                finish = "too complex"
             if finish in ENDS and not stream.is_stopped:
-                status, message, code = ENDS[finish]
+                status, message, code = ENDS["no numbers" if finish == "error" and self.service.engine.failure is None else finish]
                 raise ApiError(status, message, code=code)
             if stream.is_stopped or finish is not None:
                 piece, finish = joined(piece, stream.finish()), finish if not stream.is_stopped else "stop"

@@ -62,7 +62,7 @@ WRONG: dict[int | str, dict[str, Any]] = {
     for status in (400, 401, 403, 404, 405, 408, 409, 411, 413, 415, 421, 429, 431, 503, 504)
 }
 STREAMED = {"text/event-stream": {"schema": {"type": "string"}}}
-KIND = re.compile(r"str|\w+\[.*\]|[A-Z]\w+")  # a form that a value may have, which pydantic writes among the names of fields
+KIND = re.compile(r"str|[\w-]+\[.*\]|[A-Z]\w+")  # a form that a value may have, which pydantic writes among the names of fields
 MISSPELLED = {"extra_forbidden": "is not a field that is supported here", "missing": "is missing"}
 
 
@@ -323,14 +323,16 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
 async def _on_wrong_field(request: Request, error: RequestValidationError) -> Response:
     """Name the first field that is wrong; of a value that may have several forms, the one that got furthest."""
     found = max(error.errors(), key=lambda problem: len(problem["loc"]))
-    path = [str(part) for part in found["loc"] if part != "body" and not KIND.fullmatch(str(part))]
+    *path, last = map(str, found["loc"])
+    path = [part for part in path if not KIND.fullmatch(part)] + [last] * (found["type"] == "extra_forbidden" or not KIND.fullmatch(last))
+    path = path[1:]  # behind "body"
     if found["type"] == "json_invalid":
         detail = str(found.get("ctx", {}).get("error", ""))
         return _response(ApiError(400, f"The body is not JSON: {detail or 'it cannot be parsed'}.", code="invalid_json"))
     if not path:
         return _response(ApiError(400, "The body must be a JSON object, sent as `Content-Type: application/json`."))
     name = ".".join(path)[:200]
-    what = MISSPELLED.get(found["type"], f"is wrong: {found['msg']}")
+    what = MISSPELLED.get(found["type"], f"is wrong: {found['msg'].removeprefix('Value error, ')}")
     code = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}.get(found["type"], "invalid_value")
     return _response(ApiError(400, f"{name!a} {what}.", name, code))
 

@@ -37,7 +37,6 @@ from litgpt.deploy.service import ApiError, Service
 from litgpt.deploy.spelling import content_logprob
 from litgpt.deploy.tools import Call, CallFormat, CallReader, call_format, forcing_grammar, special_tokens, with_tools
 from litgpt.generate.batch import Answer
-from litgpt.generate.grammar import compile_grammar
 from litgpt.prompts import encode_prompt
 
 DONE = b"data: [DONE]\n\n"
@@ -98,10 +97,8 @@ def make_plan(service: Service, body: ChatRequest) -> Plan:
     n_new, shown = service.n_new(len(ids), wanted, "messages"), {} if form is None else special_tokens(tokenizer, form)
     plan = Plan([], [], adapter, body.model or service.name)
     for choice in range(n):
-        grammar = None
-        if schema is not None or lark is not None:
-            grammar = compile_grammar(tokenizer, service.vocab_size, schema=schema, lark=lark, stop=service.stop_tokens)
-        row, n_logprobs = service.row(body, choice, grammar), (body.top_logprobs or 0) if body.logprobs else None
+        row = service.row(body, choice, service.grammar(schema, lark))
+        n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         answer = Answer(ids, row, n_new, service.stop_tokens, n_logprobs)
         plan.answers.append((answer, TextStream(tokenizer, stops, shown=shown)))
         names = [function.name for function in functions]

@@ -4,15 +4,37 @@ Values are taken as they are written: no number as a string, no NaN, no truth va
 and so is every value that would have to be ignored. `null` means the same as leaving a field out.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_ID = 2**31 - 1  # far above any token's
 MAX_INTEGER = 2**63 - 1
+MAX_FIELDS = 64  # of any object: to complain of each of a million would take minutes
 
-Nothing = Annotated[dict[str, float], Field(max_length=0)]
+
+def at_most(n: int) -> Callable[[Any], Any]:
+    """Return a check that refuses a value with more entries before it looks at them."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > n:
+            raise ValueError(f"it may have at most {n} entries, but has {len(value)}")
+        return value
+
+    return check
+
+
+def few(n: int) -> tuple[Any, ...]:
+    """Return what limits a list: its length, and that the first wrong entry is enough."""
+    return Field(max_length=n, fail_fast=True), BeforeValidator(at_most(n))
+
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
+TokenIds = Annotated[list[TokenId], *few(2**20)]
+Texts = Annotated[list[str], *few(2**12)]
+Nothing = Annotated[dict[str, float], Field(max_length=0), BeforeValidator(at_most(0))]
+Labels = Annotated[dict[str, str], Field(max_length=16), BeforeValidator(at_most(16))]
 Count = Annotated[int, Field(ge=1, le=MAX_ID)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")]
 AdapterName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-][a-zA-Z0-9_.\-]{0,95}$")]
@@ -22,6 +44,12 @@ class Strict(BaseModel):
     """What a client sends: exactly the fields of the class."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def has_few_fields(cls, given: Any) -> Any:
+        """Refuse an object with so many fields that complaining of each would take long."""
+        return at_most(MAX_FIELDS)(given)
 
 
 class Sampling(Strict):
@@ -56,7 +84,7 @@ class Generating(Sampling):
     model: str | None = Field(None, description="The model or an adapter, as `/v1/models` lists them; by default the model.")
     n: Count | None = Field(None, description="How many answers to give.")
     max_tokens: int | None = Field(None, ge=0, le=MAX_ID)
-    stop: str | list[str] | None = Field(None, description="Texts that end the answer; they are no part of it.")
+    stop: str | Texts | None = Field(None, description="Texts that end the answer; they are no part of it.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: Nothing | None = Field(None, description="Not supported: it may only be empty.")
@@ -73,7 +101,7 @@ class TextPart(Strict):
     text: str
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], *few(2**10)]
 
 
 class SystemMessage(Strict):
@@ -114,11 +142,11 @@ class AssistantMessage(Strict):
     content: Content | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[GivenCall] | None = None
+    tool_calls: Annotated[list[GivenCall], *few(2**10)] | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], *few(0)] | None = None
 
 
 class ToolMessage(Strict):
@@ -131,6 +159,7 @@ class ToolMessage(Strict):
 
 
 AnyMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Messages = Annotated[list[AnyMessage], Field(min_length=1), *few(2**12)]
 
 
 class Function(Strict):
@@ -196,23 +225,23 @@ ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discr
 class ChatRequest(Generating):
     """A conversation to go on with."""
 
-    messages: list[AnyMessage] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: Count | None = Field(None, description="By default as many as there is room for.")
     max_tokens: Count | None = Field(None, description="The older name of `max_completion_tokens`.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], *few(2**10)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="Whether one answer may hold several calls; by default it may.")
     response_format: ResponseFormat | None = None
-    metadata: dict[str, str] | None = Field(None, description="Accepted, and not used.")
+    metadata: Labels | None = Field(None, description="Accepted, and not used.")
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
 
 
 class CompletionRequest(Generating):
     """A text to go on with, as it is."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], *few(2**12)]
     max_tokens: int | None = Field(None, ge=0, le=MAX_ID, description="16 by default; 0, with `echo`, only scores the prompt.")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -224,7 +253,7 @@ class EmbeddingRequest(Strict):
     """Texts, or lists of token ids, to turn into vectors."""
 
     model: str | None = None
-    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    input: str | Texts | TokenIds | Annotated[list[TokenIds], *few(2**12)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = Field(None, description="Not supported: vectors have the width of the model.")
     user: str | None = Field(None, description="Accepted, and not used.")
@@ -235,7 +264,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[AnyMessage] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="Whether a text gets the BOS token that the tokenizer puts in front.")
 
 
@@ -243,7 +272,7 @@ class DetokenizeRequest(Strict):
     """Token ids to turn into text."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 class AdapterRequest(Strict):

@@ -239,7 +239,7 @@ class Connection(H11Protocol):
     """One client's connection, which ends where the client neither goes on sending nor reading, and gives way when there are too many."""
 
     deadline: asyncio.TimerHandle | None = None
-    phase: tuple[bool, bool, bool] | None = None
+    phase: tuple[bool, type, bool] | None = None
     stalled: asyncio.TimerHandle | None = None
     since = 0.0  # when this phase began
 
@@ -273,22 +273,22 @@ class Connection(H11Protocol):
     @property
     def is_waiting(self) -> bool:
         """Whether there is no request that the app works on."""
-        return self.conn.their_state is h11.IDLE
+        return self.conn.their_state is h11.IDLE or (self.cycle is not None and self.cycle.response_complete)
 
     def watch(self) -> None:
         """Start the clock of what the connection waits for now, unless it runs already."""
-        is_started = bool(self.conn.trailing_data[0])
-        phase = (self.is_waiting, self.conn.their_state is h11.SEND_BODY, self.is_waiting and is_started)
+        state, is_waiting = self.conn.their_state, self.is_waiting
+        is_started = state is h11.IDLE and bool(self.conn.trailing_data[0])
+        phase = (is_waiting, state, is_started)
         if phase == self.phase or self.transport.is_closing():
             return
         self.phase, self.since = phase, perf_counter()
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
-        waits_for_headers, waits_for_body, _ = phase
-        if waits_for_headers and (is_started or self.cycle is None):  # between two requests uvicorn's own clock runs
-            self.deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
-        elif waits_for_body:  # longer than the guard waits, which can still say why
+        if is_waiting and (is_started or self.cycle is None or state is h11.SEND_BODY):  # a body that is not wanted any more
+            self.deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)  # between requests uvicorn's own clock runs
+        elif state is h11.SEND_BODY:  # longer than the guard waits, which can still say why
             self.deadline = self.loop.call_later(BODY_SECONDS + STALLED_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:

@@ -117,8 +117,9 @@ def run_server(
     refuse_later(devices, generate_strategy)
     defaults = Defaults(temperature, top_k, top_p, min_p, max_new_tokens, seed)
     check_defaults(defaults)
-    limits = replace(Limits(), timeout=seconds(timeout, "timeout") or None)
-    grace_time, device, key = seconds(grace, "grace"), find_device(accelerator), find_key(api_key, api_key_file)
+    wait, grace_time = seconds(timeout, "timeout"), min(seconds(grace, "grace"), threading.TIMEOUT_MAX)
+    limits = replace(Limits(), timeout=wait if 0 < wait < math.inf else None)
+    device, key = find_device(accelerator), find_key(api_key, api_key_file)
     check_paths(api_path, openai_spec, adapter_dir)
     with listening(host, port, key is not None) as listener:
         speaker = load(checkpoint_dir, quantize=quantize, precision=precision, access_token=access_token, adapter=adapter)
@@ -155,10 +156,10 @@ def check_defaults(defaults: Defaults) -> None:
 
 
 def seconds(value: float, name: str) -> float:
-    """Return a time that ends; 0 is none."""
+    """Return a time that is not negative."""
     if math.isnan(value):
         raise UserError(f"`{name}` is a number of seconds, but got {value}.")
-    return 0.0 if math.isinf(value) else max(value, 0.0)
+    return max(value, 0.0)
 
 
 def find_key(api_key: str | None, api_key_file: Path | None) -> str | None:
@@ -325,7 +326,8 @@ class Life:
                 finishes.append(update.finish)
                 loop.call_soon_threadsafe(done.set)
 
-        self.engine.submit(Answer([0, 0], RowState(temperature=0.0, seed=0), max_new_tokens=2), listen)
+        prompt = [0] * min(8, self.engine.max_length - 1)
+        self.engine.submit(Answer(prompt, RowState(temperature=0.0, seed=0), max_new_tokens=2), listen)
         await done.wait()
         if self.engine.failure is not None:
             raise self.engine.failure

@@ -1,19 +1,22 @@
 """What the server offers: one model with its adapters, how it samples by default, and its limits."""
 
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from litgpt.deploy.adapters import Adapters
 from litgpt.deploy.engine import Engine
 from litgpt.deploy.measures import Measures
 from litgpt.deploy.protocol import ErrorAnswer, Problem, Sampling
 from litgpt.errors import did_you_mean
-from litgpt.generate.grammar import Grammar
+from litgpt.generate.grammar import Grammar, compile_grammar
 from litgpt.generate.run import Speaker
 from litgpt.generate.sampling import RowState
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # OpenAI's words for errors, by status
+COMPILING = 5.0  # seconds that a schema waits for others
 
 
 class ApiError(Exception):
@@ -113,6 +116,7 @@ class Service:
     def __post_init__(self) -> None:
         self.measures = Measures(self.engine)
         self.stop_tokens = self.speaker.stop_tokens
+        self._compiling = threading.Lock()  # one at a time: a schema made for it keeps a processor busy for long
         self.loaded = {name: self.started for name in self.adapter_names}  # when
 
     @property
@@ -169,6 +173,22 @@ class Service:
             seed=None if seed is None else seed + choice,
             grammar=grammar,
         )
+
+    def grammar(self, schema: dict[str, Any] | None, lark: str | None) -> Grammar | None:
+        """Return what an answer keeps to: a JSON schema, a grammar in Lark, or nothing.
+
+        Raises:
+            ApiError: Too many others are being read.
+            UserError: It cannot be used.
+        """
+        if schema is None and lark is None:
+            return None
+        if not self._compiling.acquire(timeout=COMPILING):
+            raise ApiError(429, "Too many schemas are being read. Try again in a few seconds.", code="queue_full", retry_after=COMPILING)
+        try:
+            return compile_grammar(self.speaker.tokenizer, self.vocab_size, schema=schema, lark=lark, stop=self.stop_tokens)
+        finally:
+            self._compiling.release()
 
     def stops(self, stop: str | list[str] | None) -> list[str]:
         """Return the stop strings of a request.

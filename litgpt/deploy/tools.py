@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from litgpt.deploy.answering import Piece, Scored
 from litgpt.deploy.protocol import Function
 from litgpt.errors import UserError
-from litgpt.generate.grammar import WHITE_SPACE
+from litgpt.generate.grammar import schema_text
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.tokenizer import Tokenizer
 
@@ -121,13 +121,16 @@ def special_tokens(tokenizer: Tokenizer, form: CallFormat) -> dict[int, str]:
 
 
 def forcing_grammar(tokenizer: Tokenizer, form: CallFormat, functions: Sequence[Function]) -> str:
-    """Return the grammar, in llguidance's Lark, of exactly one call of one of these functions."""
+    """Return the grammar, in llguidance's Lark, of exactly one call of one of these functions.
+
+    Raises:
+        UserError: The schema of a function's arguments cannot be used.
+    """
     rules = [f"start: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
     for i, function in enumerate(functions):
-        schema = {"type": "object", **(function.parameters or {})}
-        schema["x-guidance"] = {"whitespace_flexible": True, "whitespace_pattern": WHITE_SPACE}
         before, after = _literal(tokenizer, form.opening + function.name + form.middle), _literal(tokenizer, form.closing)
-        rules.append(f"call_{i}: {before} %json {json.dumps(schema)} {after}".rstrip())
+        schema = schema_text({"type": "object", **(function.parameters or {})})
+        rules.append(f"call_{i}: {before} %json {schema} {after}".rstrip())
     return "\n".join(rules)
 
 

@@ -86,14 +86,15 @@ def convert_and_evaluate(
         return
     n_rows = checked_batch_size(batch_size)
     check_choices(model, model_args, limit, num_fewshot)
+    generation = None if gen_kwargs is None else parsed("gen_kwargs", gen_kwargs)
     chosen_device, chosen_dtype = find_named_device(device), find_dtype(dtype, device)
     updates = find_adapter(adapter)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = find_tasks(names, include_path)
     server = model != OURS
     folder = find_checkpoint(checkpoint_dir, access_token=access_token, tokenizer_only=server)
-    file = prepared_file(save_filepath or (out_dir or folder / "evaluate") / "results.json")
     loaded = load_tasks(manager, names)
+    file = prepared_file(save_filepath or (out_dir or folder / "evaluate") / "results.json")
     if server:
         what: dict[str, Any] = dict(model=model, model_args=server_args(folder, model_args), batch_size=batch_size)
     else:
@@ -101,7 +102,7 @@ def convert_and_evaluate(
         described = {"pretrained": str(checkpoint_dir)} | ({"adapter": str(adapter)} if adapter else {})
         what = dict(model=as_lm(speaker, n_rows), model_args=described, batch_size=batch_size, device=str(chosen_device))
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    results = lm_eval_module("lm_eval.evaluator").simple_evaluate(
+    results = measured(
         **what | seeds,
         tasks=loaded,
         task_manager=manager,
@@ -109,10 +110,25 @@ def convert_and_evaluate(
         limit=limit,
         apply_chat_template=apply_chat_template,
         system_instruction=system_instruction,
-        gen_kwargs=gen_kwargs,
+        gen_kwargs=generation,
         log_samples=False,
     )
     report(results, file)
+
+
+def measured(**arguments: Any) -> dict[str, Any]:
+    """Return what lm-eval's `simple_evaluate` measures.
+
+    Raises:
+        UserError: The model is a server, and fails.
+    """
+    simple_evaluate = lm_eval_module("lm_eval.evaluator").simple_evaluate
+    if arguments["model"] not in SERVERS:
+        return simple_evaluate(**arguments)
+    try:
+        return simple_evaluate(**arguments)
+    except (OSError, RuntimeError, lm_eval_module("aiohttp").ClientError) as error:  # of the packages through which lm-eval asks
+        raise UserError(f"The server at {arguments['model_args']['base_url']} failed: {error}") from error
 
 
 def report(results: dict[str, Any], file: Path) -> None:
@@ -181,6 +197,21 @@ def check_choices(model: str, model_args: str | None, limit: float | None, num_f
         raise UserError(f"To ask a server lm-eval needs {', '.join(missing)}. Install with: pip install {' '.join(missing)}")
 
 
+def parsed(name: str, text: str) -> dict[str, Any]:
+    """Return what a text such as "temperature=0.7,do_sample=true" says.
+
+    Raises:
+        UserError: It says nothing of this kind.
+    """
+    try:
+        found = lm_eval_module("lm_eval.utils").simple_parse_args_string(text)
+    except ValueError:
+        found = None
+    if found is None or any(value == "" and f"{key}=" not in text for key, value in found.items()):
+        raise UserError(f"`{name}` is written as key=value,key=value, but got {text!r}.")
+    return found
+
+
 def find_named_device(device: str | None) -> torch.device:
     """Return the device of a name such as "cuda" or "cuda:1"; None is the GPU, if there is one.
 
@@ -217,7 +248,7 @@ def load_speaker(folder: Path, dtype: torch.dtype, device: torch.device, adapter
 
 
 def prepared_file(file: Path, flag: str = "--out_dir") -> Path:
-    """Return the file for the results, whose folder is there and may be written to, which is asked before hours of work.
+    """Return the file for the results, whose folder is there now and may be written to; better known before hours of work.
 
     Args:
         file: The file.
@@ -241,7 +272,7 @@ def server_args(folder: Path, model_args: str | None) -> dict[str, Any]:
     Raises:
         UserError: No address is given, or nothing answers there.
     """
-    given = lm_eval_module("lm_eval.utils").simple_parse_args_string(model_args or "")
+    given = parsed("model_args", model_args or "")
     address = urlsplit(str(given.get("base_url", "")))
     if not address.hostname:
         raise UserError("Say where the server is with --model_args base_url=http://127.0.0.1:8000/v1/completions.")

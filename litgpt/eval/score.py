@@ -8,6 +8,7 @@ from math import isnan
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt.cache import upload
@@ -19,6 +20,7 @@ from litgpt.model import GPT
 
 READ = 2048  # how many tokens of contexts one call of the model sees
 SCORED = 512  # and how many of continuations: each of them has logits
+CACHED = 16  # whose logits the caches of a CPU hold: more at a time take twice as long
 ROWS = 16  # how many continuations of a context are read at a time
 AUTO = {"cpu": 2048, "mps": 4096}  # how many tokens are read at a time where the batch size is chosen for the device
 AUTO_ELSEWHERE = 16384
@@ -39,6 +41,16 @@ class Question:
 
     context: tuple[int, ...]
     answers: list[tuple[tuple[int, ...], list[int]]]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one continuation, of several tokens: then it is read together with the end of the context."""
+        return len(self.answers) == 1 and len(self.answers[0][0]) > 1
+
+    @property
+    def read_first(self) -> tuple[int, ...]:
+        """What is read before the continuations."""
+        return self.context[:-1] if self.is_alone else self.context
 
     @property
     def n_rows(self) -> int:
@@ -178,21 +190,26 @@ class Reader:
 
     def read(self, batch: list[Question]) -> list[Score]:
         """Return the scores of all continuations of a batch, in order."""
-        logits = self._behind_contexts([question.context for question in batch])
-        flat = [(i, answer) for i, question in enumerate(batch) for answer, _ in question.answers]
-        marks = [[mark] for mark in _marks(logits, [i for i, _ in flat], [answer[0] for _, answer in flat])]
-        placed = self._placed(batch)
-        for call in _calls([(row, answer[:-1]) for row, (_, answer) in placed.items()], SCORED):
-            targets = [token for row, start, piece in call for token in placed[row][1][start + 1 : start + 1 + len(piece)]]
-            new = iter(_marks(self._call(call, None), range(len(targets)), targets))
+        logits = self._read_contexts([question.read_first for question in batch])  # by row, (V,)
+        flat = [(row, question, answer) for row, question in enumerate(batch) for answer, _ in question.answers]
+        begun = {i: (row, answer[0]) for i, (row, question, answer) in enumerate(flat) if not question.is_alone}
+        marks: list[list[tuple[float, bool]]] = [[] for _ in flat]
+        if begun:
+            behind = torch.stack([logits[row] for row, _ in begun.values()])
+            for i, mark in zip(begun, _marks(behind, [token for _, token in begun.values()]), strict=True):
+                marks[i].append(mark)
+        placed = self._placed(flat)
+        for call in _calls([(row, tokens) for row, (_, tokens, _) in placed.items()], SCORED):
+            targets = [target for row, start, piece in call for target in placed[row][2][start : start + len(piece)]]
+            new = iter(_marks(self._call(call, None), targets))
             for row, _, piece in call:
                 marks[placed[row][0]] += islice(new, len(piece))
         return [Score(sum(logprob for logprob, _ in each), all(hit for _, hit in each)) for each in marks]
 
-    def _behind_contexts(self, contexts: list[tuple[int, ...]]) -> Tensor:
-        """Let the rows 0, 1, ... know the contexts, and return the logits behind each, (n, V)."""
+    def _read_contexts(self, contexts: list[tuple[int, ...]]) -> dict[int, Tensor]:
+        """Let the rows 0, 1, ... know the contexts, and return the logits behind each that is not empty, (V,) by row."""
         cache, (first, *others) = self.cache, contexts
-        shared = min(min(common_length(first, context), len(context) - 1) for context in contexts)  # each has something left to read
+        shared = max(0, min(min(common_length(first, context), len(context) - 1) for context in contexts))  # each has something left
         n = cache.truncate(0, min(common_length(self.known, first), shared))
         if others and shared - n >= COPIED:
             self._feed([(0, first[n:shared])])
@@ -207,26 +224,26 @@ class Reader:
         self.known = first
         return self._feed([(row, context[n:]) for row, context in enumerate(contexts)])
 
-    def _placed(self, batch: list[Question]) -> dict[int, tuple[int, tuple[int, ...]]]:
-        """Give each continuation of several tokens a row that knows its context; return number and continuation by row."""
-        placed, number, spare = {}, 0, len(batch)
-        for i, question in enumerate(batch):
-            for answer, _ in question.answers:
-                if len(answer) > 1:
-                    row = i
-                    if row in placed:
-                        row, spare = spare, spare + 1
-                        self.cache.copy(i, row)
-                    placed[row] = number, answer
-                number += 1
+    def _placed(self, flat: list[tuple[int, Question, tuple[int, ...]]]) -> dict[int, tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        """Give each continuation that is read a row that knows its context; return its number, what is fed and what follows, by row."""
+        placed, spare = {}, flat[-1][0] + 1
+        for number, (row, question, answer) in enumerate(flat):
+            if question.is_alone:
+                placed[row] = number, (question.context[-1], *answer[:-1]), answer
+            elif len(answer) > 1:
+                place = row
+                if row in placed:
+                    place, spare = spare, spare + 1
+                    self.cache.copy(row, place)
+                placed[place] = number, answer[:-1], answer[1:]
         return dict(sorted(placed.items()))
 
-    def _feed(self, fed: list[tuple[int, tuple[int, ...]]]) -> Tensor:
-        """Let rows read on, and return the logits of the last token of each, (n, V)."""
-        found = {}
+    def _feed(self, fed: list[tuple[int, tuple[int, ...]]]) -> dict[int, Tensor]:
+        """Let rows read on, and return the logits of the last token of each that has one, (V,) by row."""
+        found: dict[int, Tensor] = {}
         for call in _calls(fed, READ):
             found |= zip((row for row, _, _ in call), self._call(call, "last"), strict=True)
-        return torch.stack([found[row] for row, _ in fed])
+        return found
 
     def _call(self, call: list[tuple[int, int, tuple[int, ...]]], select: str | None) -> Tensor:
         """Return the logits of all tokens of a call, or of those that `select` says, (n, V)."""
@@ -254,16 +271,14 @@ def _calls(fed: list[tuple[int, tuple[int, ...]]], most: int) -> Iterator[list[t
         yield call
 
 
-def _marks(logits: Tensor, places: Sequence[int], tokens: Sequence[int]) -> list[tuple[float, bool]]:
-    """Return how likely tokens are, and whether each is the likeliest one.
-
-    Args:
-        logits: (n, V)
-        places: For each token which of the n its probability follows from.
-        tokens: The tokens.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    at, ids = upload(list(places), logits.device), upload(list(tokens), logits.device)
-    logprobs = logits[at, ids] - logits.logsumexp(-1)[at]
-    hits = logits.argmax(-1)[at] == ids
-    return list(zip(logprobs.tolist(), hits.tolist(), strict=True))
+def _marks(logits: Tensor, tokens: Sequence[int]) -> list[tuple[float, bool]]:
+    """Return how likely tokens are behind logits (n, V), and whether each is the likeliest one."""
+    targets = upload(list(tokens), logits.device)
+    n = CACHED if logits.device.type == "cpu" else len(tokens)
+    found = []
+    for part, ids in zip(logits.split(n), targets.split(n), strict=True):
+        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        hits = part.max(-1).indices == ids  # argmax takes twice as long on a CPU
+        found.append(torch.stack((F.cross_entropy(part, ids, reduction="none").neg(), hits)))
+    logprobs, hits = torch.cat(found, dim=1).tolist()
+    return [(logprob, hit > 0) for logprob, hit in zip(logprobs, hits, strict=True)]

@@ -205,6 +205,7 @@ def _write(batch: Batch, replies: Iterable[Reply]) -> Iterator[Progress]:
             text = reply.push(tokens)
             if answer.finish is not None:
                 del filling[answer]
+                answer.row.counts = answer.row.grammar = None  # as large as the vocabulary, and the caller may keep all replies
                 if was_running:  # a stop string, of which the batch knows nothing
                     batch.leave(answer)
             yield Progress(reply, tokens, text)

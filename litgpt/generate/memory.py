@@ -11,7 +11,7 @@ from litgpt.model import GPT
 
 CHUNK = 2048  # the most prompt tokens that one call of the model sees: more would only cost memory
 BUCKET = 256  # compiled attention reads a multiple of so many tokens, so that there are few graphs
-FEWER = "Lower `max_new_tokens`, or a fixed size of the memory if you set one."
+FEWER = "Lower `max_new_tokens` or `batch_size`, or a fixed size of the memory if you set one."
 
 
 def compile_blocks(model: GPT, backend: str | Callable = "inductor") -> None:

@@ -265,6 +265,10 @@ def _said(line: Line) -> dict[str, Any]:
     return {"index": line.index} | {name: said[name] for name in ("id", *PROMPTS) if name in said}
 
 
+def _numbered(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("index"), int) and isinstance(record.get("sample", 0), int)
+
+
 # The file of answers
 
 
@@ -292,7 +296,7 @@ class Results:
         kept = []
         for number, line in enumerate(self._there.split(b"\n")[:-1], start=1):  # behind the last line break is what was broken off
             record, _ = _loaded(line.decode("utf-8", "replace"))
-            if not isinstance(record, dict) or not isinstance(record.get("index"), int) or not ({"key", "error"} & record.keys()):
+            if not isinstance(record, dict) or not ({"key", "error"} & record.keys()) or not _numbered(record):
                 raise UserError(f"{self.path} holds something else than answers in line {number}. Choose another `out`.")
             if "error" not in record:
                 self.keys[record["index"], record.get("sample", 0)] = record["key"]

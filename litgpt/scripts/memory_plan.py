@@ -95,14 +95,13 @@ def estimate_model_memory(
             return MemoryEstimate(n_trained=0, weights=_nbytes(model), kv_cache=kv[0], kv_per_token=(kv[1] - kv[2]) // batch_size, **sizes)
         if lora is not None:
             add_lora(model, lora)
-        model.activation_checkpointing = checkpointing
         trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         return MemoryEstimate(
             n_trained=_count(model, trained=True),
             weights=_nbytes(model),
             gradients=trained,
             optimizer=2 * trained,
-            activations=activation_bytes(model.train(), batch_size, context),
+            activations=activation_bytes(model.train(), batch_size, context, checkpointing),
             **sizes,
         )
 
@@ -179,13 +178,14 @@ def _state_bytes(state: State | None) -> int:
 # Training
 
 
-def activation_bytes(model: GPT, rows: int, length: int) -> int:
+def activation_bytes(model: GPT, rows: int, length: int, checkpointing: bool = False) -> int:
     """Return the most bytes that a microbatch takes beside weights and their gradients, which are there from the one before.
 
     Args:
         model: Made `without_numbers`, and with its updates, if only these are trained. Blocks that are like others are lost.
         rows: How many samples there are.
         length: How many tokens each has.
+        checkpointing: Whether a block keeps its input alone, and is computed again in its backward pass.
     """
     blocks, like = model.transformer.h, repeated_blocks(model)
     for i in like:
@@ -198,7 +198,10 @@ def activation_bytes(model: GPT, rows: int, length: int) -> int:
             part.register_forward_pre_hook(lambda *_: marks.append(live.now))
         model(idx, targets=idx).nll.backward()
     kept = [after - before for before, after in zip(marks[:-1], marks[1:], strict=False)]  # of each block, its backward pass aside
-    return live.most + sum(kept[i] for i in like.values())
+    passing = live.most - sum(kept[i] for i in range(len(kept)) if i not in like)  # what there was beside what blocks keep
+    kept = [kept[like.get(i, i)] for i in range(len(kept))]
+    stream = rows * length * model.config.n_embd * model.transformer.wte.weight.element_size()
+    return passing + (stream * len(kept) + max(kept) if checkpointing else sum(kept))
 
 
 def repeated_blocks(model: GPT) -> dict[int, int]:
@@ -230,12 +233,18 @@ class LiveBytes(TorchDispatchMode):
         self.known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        made = self._made(func, args, kwargs or {})
         given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._add(tensor.untyped_storage())
         return made
+
+    def _made(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:  # which knows the shape of its result only in bf16
+            return func(*args, **kwargs)
+        a, b, ends = args[0], args[1], args[2] if len(args) > 2 else kwargs["offs"]
+        return a.new_empty(a.size(0), b.size(-1)) if b.dim() == 3 else a.new_empty(ends.numel(), a.size(0), b.size(1))
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -259,15 +268,12 @@ def without_numbers() -> Iterator[None]:
 
 
 class _AsComputed(TorchFunctionMode):
-    """Gives three functions the results that they have with numbers; without any, torch takes other ways or refuses."""
+    """Gives two functions the results that they have with numbers; without any, torch takes another way or refuses."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self._is_fused(*args[:3]):
             return _FusedAttention.apply(*args[:3], args[3] if len(args) > 3 else kwargs.get("attn_mask"))
-        if func is torch._grouped_mm:  # what F.grouped_mm calls
-            a, b, groups = args[0], args[1], kwargs["offs"].numel()
-            return a.new_empty(a.size(0), b.size(-1)) if b.dim() == 3 else a.new_empty(groups, a.size(0), b.size(1))
         if func is Tensor.tolist:  # where experts' rows end
             return [0] * args[0].numel()
         return func(*args, **kwargs)

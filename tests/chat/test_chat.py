@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import signal
 
 import pytest
 import torch
@@ -129,6 +130,32 @@ def test_ctrl_c_stops_only_the_answer_and_what_was_said_is_remembered(speaker, m
     assert "".join(talk.answer("Go on")) == expected
 
 
+def test_many_ctrl_c_stop_one_answer_and_a_later_one_ends_the_chat(speaker, monkeypatch, capsys):
+    talk, typed = conversation(speaker, 50), iter(["Hello", "late", "Again", "later", "never read"])
+
+    def type_line(_):
+        line = next(typed)
+        if line == "late":  # just behind the answer that was stopped
+            raise KeyboardInterrupt
+        if line == "later":
+            talk.stopped_at -= 1
+            raise KeyboardInterrupt
+        return line
+
+    def hammer(*_):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("builtins.input", type_line)
+    handle = speaker.model.transformer.h[0].register_forward_hook(hammer)
+    before = signal.getsignal(signal.SIGINT)
+    base.interact(talk)
+    handle.remove()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert next(typed) == "never read"
+    assert capsys.readouterr().out == ">> Reply: \n\n>> Reply: \n\n"
+
+
 def test_clear_forgets_the_conversation(chat, speaker):
     out, _ = chat("Hello\n/clear\nHello\n")
     assert replies(out.replace("The conversation starts anew.\n", "")) == [fresh_answer(speaker, "Hello")] * 2
@@ -186,7 +213,7 @@ def test_a_second_try_that_says_nothing_leaves_the_first_answer(speaker, monkeyp
         raise KeyboardInterrupt
 
     handle = speaker.model.register_forward_pre_hook(interrupt)
-    assert obey(Chat(talk), "/regenerate") is True
+    assert obey(Chat(talk), "/regenerate")
     handle.remove()
     assert talk.messages == before
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -101,6 +102,7 @@ class Terminal:
     def end(self, keys):
         self.process.send(keys)
         self.expect(pexpect.EOF)
+        self.modes = termios.tcgetattr(self.process.child_fd)
         self.process.close()
         return self.process.exitstatus
 
@@ -160,7 +162,6 @@ def test_markdown_is_rendered(chat):
         "─────────────",
         "你好      hay",
         "fox      mice",
-        "",
     ]
     assert all(cell.bold for cell in chat.cells("bold text") + chat.cells("The title") + chat.cells("eats"))
     assert all(cell.fg == "cyan" for cell in chat.cells("code") + chat.cells("def f"))
@@ -228,7 +229,9 @@ def test_lines_end_between_words_also_when_the_window_changes(chat):
 def test_ctrl_d_ends_the_chat_and_the_terminal_is_as_it_was(begin, shared):
     chat = shared()
     chat.say("Hello")
+    assert not termios.tcgetattr(chat.process.child_fd)[3] & termios.ICANON  # keys are read one by one
     assert chat.end("\x04") == 0
+    assert chat.modes[3] & termios.ICANON and chat.modes[3] & termios.ECHO
     assert chat.received.count(b"\x1b[?2004h") == chat.received.count(b"\x1b[?2004l")  # of readline: pastes are marked
 
 

@@ -12,16 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import litgpt.deploy
+from litgpt.deploy.app import POLICY, WEB
 
 CHROMIUM = Path("/usr/bin/chromium")
 OPTIONS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
-WEB = Path(litgpt.deploy.__file__).parent / "web"
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-)
+STRICT = POLICY + "; require-trusted-types-for 'script'; trusted-types 'none'"  # no text of a script may even become markup
 
 
 @contextmanager
@@ -76,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.whole(200, "application/json", json.dumps({"data": [{"id": model} for model in self.server.models]}))
         if not (WEB / name).is_file():
             return self.refuse(Reply(status=404, message="Nothing is here."))
-        return self.whole(200, TYPES[Path(name).suffix], (WEB / name).read_text(), {"Content-Security-Policy": POLICY})
+        return self.whole(200, TYPES[Path(name).suffix], (WEB / name).read_text(), {"Content-Security-Policy": STRICT})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -170,3 +166,61 @@ def scripted_server() -> Iterator[ScriptedServer]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+class Reader:
+    """Someone in front of the page: opens it, types, waits, and notes what a good page never does."""
+
+    def __init__(self, browser, address: str, waits: bool = True, **options) -> None:
+        self.context = browser.new_context(**({"viewport": {"width": 1200, "height": 800}} | options))
+        self.context.set_default_timeout(10_000)
+        self.address, self.page, self.complaints = address, self.context.new_page(), []
+        self.context.on("request", lambda request: self.check_address(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
+        self.page.on("console", self.check_console)
+        self.open(waits)
+
+    def open(self, waits: bool = True) -> None:
+        """Open the page as if for the first time."""
+        self.page.goto(self.address + "/web/chat.css")  # a page of the same origin that keeps nothing
+        self.page.evaluate("localStorage.clear(), sessionStorage.clear()")
+        self.page.goto(self.address + "/")
+        if waits:
+            self.page.wait_for_selector("#model option", state="attached")
+
+    def check_address(self, url: str) -> None:
+        if not url.startswith((self.address + "/", "data:image/svg+xml", f"blob:{self.address}/")):
+            self.complaints.append(f"a request left the origin: {url}")
+
+    def check_console(self, message) -> None:
+        # the browser itself notes each refused request
+        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
+            self.complaints.append(f"console: {message.text}")
+
+    def ask(self, text: str, waits: bool = True) -> None:
+        self.page.fill("#prompt", text)
+        self.page.press("#prompt", "Enter")
+        if waits:
+            self.wait()
+
+    def wait(self) -> None:
+        self.page.wait_for_selector("#send:not([hidden])")
+
+    def until(self, claim: str) -> None:
+        """Wait until an expression is true (by asking again: the page's policy forbids Playwright's own way)."""
+        deadline = time.monotonic() + 10
+        while not self.page.evaluate(claim):
+            assert time.monotonic() < deadline, f"never true: {claim}"
+            time.sleep(0.02)
+
+    def answers(self) -> list[str]:
+        return self.page.locator(".answer .prose:not(.thought *)").all_inner_texts()
+
+    def questions(self) -> list[str]:
+        return self.page.locator(".user .bubble").all_inner_texts()
+
+    def conversations(self) -> list[str]:
+        return self.page.locator("#conversations .row").all_inner_texts()
+
+    def note(self) -> str:
+        return self.page.locator(".answer:last-child .note").inner_text()

@@ -45,7 +45,6 @@ def _serve(words: list[str], folder: Path) -> None:
         return step(batch)
 
     Batch.step = breakable
-    cli.COMMANDS.setdefault("serve", ("litgpt.deploy.serve:run_server", ""))
     sys.exit(cli.main(["serve", *words]))
 
 
@@ -85,7 +84,7 @@ class Server:
     def errors(self) -> str:
         return (self.folder / "err").read_text()
 
-    def wait_until_ready(self, seconds: float = 60) -> "Server":
+    def wait_until_ready(self, seconds: float = 200) -> "Server":
         deadline = time.monotonic() + seconds
         while "\n" not in self.output:
             assert self.process.is_alive() and time.monotonic() < deadline, self.errors

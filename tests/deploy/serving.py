@@ -23,20 +23,24 @@ NAME = "tiny"
 
 @dataclass
 class Served:
-    """A running server."""
+    """A running server, and a client that keeps its connections."""
 
     url: str
     service: Service
+    client: httpx.Client
 
     @property
     def speaker(self) -> Speaker:
         return self.service.speaker
 
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self.client.request(method, self.url + path, **{"timeout": 60, **options})
+
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, **({} if body is None else {"json": body}), **{"timeout": 60, **options})
+        return self.request("POST", path, **({} if body is None else {"json": body}), **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, **{"timeout": 60, **options})
+        return self.request("GET", path, **options)
 
     def idle(self, seconds: float = 5.0) -> bool:
         """Whether nothing is computed, now or soon."""
@@ -66,7 +70,8 @@ def serving(checkpoint: Path, *, rows: int = 4, queue: int = 64, has_adapters: b
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
         try:
-            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service)
+            with httpx.Client(verify=False, trust_env=False) as client:
+                yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", service, client)
         finally:
             engine.stop()
             server.should_exit = True

@@ -312,7 +312,7 @@ def test_a_client_that_leaves_frees_its_place_at_once(checkpoint, monkeypatch):
         with pytest.raises(httpx.ReadTimeout):
             server.post(PATH, fields, timeout=0.3)
         assert server.idle(1.0)
-        with httpx.stream("POST", server.url + PATH, json={**fields, "stream": True}) as answer:
+        with server.client.stream("POST", server.url + PATH, json={**fields, "stream": True}) as answer:
             assert next(answer.iter_lines()).startswith("data: ")
             assert server.service.engine.n_running
         assert server.idle(1.0)
@@ -374,3 +374,11 @@ def test_defaults_are_the_servers_and_zero_is_a_value(checkpoint):
         assert ask(server, max_tokens=12)["choices"][0]["message"]["content"] == greedy
         drawn = ask(server, max_tokens=12, temperature=1.5)["choices"][0]["message"]["content"]
         assert drawn == expected_text(server.speaker, ids, 12, temperature=1.5, seed=1)
+
+
+def test_a_schema_that_is_too_complex_to_go_on_with_hurts_nobody_else(server):
+    many = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": many}}
+    assert refused(server, {"response_format": wanted, "max_tokens": 40})["code"] == "schema_too_complex"
+    assert server.get("/health").status_code == 200
+    assert ask(server, max_tokens=2)

@@ -190,9 +190,7 @@ def test_vectors_are_made_while_answers_are(server):
     assert usage == {"prompt_tokens": 40 * len(ids_of(server, "hay")), "total_tokens": 40 * len(ids_of(server, "hay"))}
 
 
-@pytest.mark.parametrize(
-    "fields", [{"dimensions": 3}, {"encoding_format": "int8"}, {"input": []}, {"input": ""}, {"input": "hay " * 500}], ids=str
-)
+@pytest.mark.parametrize("fields", [{"dimensions": 3}, {"encoding_format": "int8"}, {"input": []}, {"input": "hay " * 500}], ids=str)
 def test_vectors_that_cannot_be_made_are_refused(server, fields):
     assert server.post("/v1/embeddings", {"input": PROMPT, **fields}).status_code == 400
 

@@ -1,6 +1,7 @@
 """From a start to an end: what clients see of a server that is told to end, that breaks, and that is treated badly."""
 
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -9,7 +10,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from deploy.process import BREAK, KILL, TERM, Reader, Server, make_endless, served
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,21 @@ def test_a_signal_before_it_is_ready_ends_it(model, tmp_path):
     time.sleep(0.3)
     server.signal(TERM)
     assert server.exit_code() in (0, -TERM)
+
+
+def test_an_engine_that_breaks_at_the_start_ends_the_server_with_exit_code_1(model, tmp_path):
+    (tmp_path / BREAK).touch()
+    server = Server(model, tmp_path)
+    assert server.exit_code() == 1 and not server.output and "RuntimeError: broken on purpose" in server.errors
+
+
+def test_a_model_that_computes_no_numbers_is_not_served(model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"][:] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    server = Server(broken, tmp_path)
+    assert server.exit_code() == 2 and not server.output and server.errors.count("\n") == 1
 
 
 def test_kill_leaves_nothing_behind(model, tmp_path):

@@ -319,6 +319,39 @@ def test_idle_connections_give_way_to_new_ones_and_busy_ones_do_not(monkeypatch)
             client.close()
 
 
+def test_clients_without_the_key_cannot_keep_others_out_by_sending_slowly(monkeypatch):
+    monkeypatch.setattr(safety, "MAX_CONNECTIONS", 5)
+    with serving(guarded(KEY)) as port:
+        slow = [connected(port) for _ in range(20)]
+        for client in slow:
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        assert [status(port) for _ in range(3)] == [200] * 3
+        for client in slow:
+            client.close()
+
+
+def test_a_refused_body_that_does_not_end_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(safety, "HEADER_SECONDS", 0.3)
+    with serving(guarded(KEY)) as port, closing(connected(port)) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n{")
+        assert client.recv(1000).startswith(b"HTTP/1.1 401 ")
+        start = time.perf_counter()
+        with pytest.raises(OSError):
+            for _ in range(100):
+                client.sendall(b"x")
+                time.sleep(0.05)
+        assert time.perf_counter() - start < 3
+
+
+def test_a_refused_body_does_not_spoil_the_next_request():
+    with serving(guarded(KEY)) as port, closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as client:
+        client.request("POST", "/predict", b"x" * 50, JSON)
+        answer = client.getresponse()
+        assert (answer.status, len(answer.read()) > 0) == (401, True)
+        client.request("POST", "/predict", b"x" * 50, JSON | BEARER)
+        assert client.getresponse().read() == b"POST " + b"x" * 50
+
+
 def test_half_open_sockets_do_not_slow_others():
     with serving(guarded()) as port:
         idle = [connected(port) for _ in range(100)]

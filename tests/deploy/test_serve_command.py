@@ -1,13 +1,17 @@
 """The command `serve`: its flags, what it refuses, and who may ask what it serves."""
 
 import inspect
+import json
 import re
 import socket
 from pathlib import Path
 
 import pytest
+import torch
 from deploy.process import TERM, Server, served
+from peft import LoraConfig, get_peft_model
 from speaking import make_checkpoint
+from transformers import AutoModelForCausalLM
 
 from litgpt import cli
 from litgpt.deploy.app import WEB, router
@@ -202,6 +206,8 @@ def test_the_servers_sampling_holds_for_its_own_route(guarded):
     assert first == second and first[0] == 200
     assert guarded.ask("/ask", {"prompt": "Once", "seed": 2}, **headers) != first
     assert guarded.ask("/predict", {"prompt": "Once"}, **headers)[0] == 404
+    assert re.search(r"^[-0-9]+ [0-9:,]+ POST /ask 200 \d+ ms \d+ \+ 7 tokens$", guarded.errors, re.MULTILINE)
+    assert "Once" not in guarded.errors
 
 
 def test_a_port_in_use_is_one_line_with_exit_code_2(guarded, model, tmp_path):
@@ -213,3 +219,49 @@ def test_a_port_in_use_is_one_line_with_exit_code_2(guarded, model, tmp_path):
 def test_a_memory_that_cannot_be_is_one_line_with_exit_code_2(model, tmp_path):
     other = Server(model, tmp_path, "--max_length", 100_000)
     assert other.exit_code(60) == 2 and re.fullmatch(r"litgpt: `max_length` .*\n", other.errors)
+
+
+# Adapters
+
+
+def make_adapter(model: Path, folder: Path) -> Path:
+    """Write a PEFT adapter whose updates are random, and large enough to change what is said."""
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in lora.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    lora.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shelf(model, tmp_path_factory) -> Path:
+    """A folder of adapters."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for name in ("first", "second"):
+        make_adapter(model, folder / name)
+    return folder
+
+
+def test_adapters_are_given_at_the_start_or_loaded_from_their_folder(model, shelf, tmp_path):
+    flags = ["--adapters", json.dumps({"mine": str(shelf / "first")}), "--adapter_dir", shelf, "--model_name", "base", "--temperature", 0]
+    with served(model, tmp_path, *flags) as server:
+        assert [card["id"] for card in server.ask("/v1/models")[1]["data"]] == ["base", "mine"]
+        assert server.ask("/v1/adapters", {"name": "second"})[0] == 200
+        texts = {}
+        for name in ("base", "mine", "second"):
+            status, answer = server.ask("/v1/completions", {"model": name, "prompt": "Once", "max_tokens": 20})
+            assert status == 200 and answer["model"] == name
+            texts[name] = answer["choices"][0]["text"]
+        assert len(set(texts.values())) == 3
+        server.signal(TERM)
+        assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize(
+    "adapters, expected", [({"base": "first"}, "cannot have the model's own name"), ({"a": "none"}, "none"), ({"a b": "first"}, "name")]
+)
+def test_adapters_that_cannot_be_are_refused_in_one_line(adapters, expected, model, shelf, tmp_path):
+    folders = json.dumps({name: str(shelf / folder) for name, folder in adapters.items()})
+    server = Server(model, tmp_path, "--adapters", folders, "--model_name", "base")
+    assert server.exit_code(60) == 2 and server.errors.count("\n") == 1 and expected in server.errors

@@ -282,12 +282,7 @@ def test_tools_are_refused_where_the_template_does_not_know_them(server):
 
 
 def test_special_tokens_within_calls_are_refused(tmp_path):
-    style = with_tools(
-        ChatTemplate(
-            HEAD + "{% for c in m.tool_calls or [] %}[C]{{ c.function.name }}<|endoftext|>{{ c.function.arguments | "
-            "tojson }}{% endfor %}{{ m.content }}" + TAIL
-        ),
-        MODELS,
-    )
+    calls = "{% for c in m.tool_calls or [] %}[C]{{ c.function.name }}<|endoftext|>{{ c.function.arguments | tojson }}{% endfor %}"
+    style = with_tools(ChatTemplate(HEAD + calls + "{{ m.content }}" + TAIL), MODELS)
     with pytest.raises(UserError, match="is not known"):
         special_tokens(Tokenizer(make_checkpoint(tmp_path / "tiny")), call_format(style, "weather"))

@@ -2,12 +2,13 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 
 import pytest
-from deploy.browser import POLICY, WEB, Reply, chromium, scripted_server
+from deploy.browser import Reader, Reply, chromium, scripted_server
 from deploy.web_audit import CONTRASTS, NAMED_ROLES, SMALL_TARGETS, contrast
+
+from litgpt.deploy.app import POLICY, WEB
 
 SHOWPIECE = (
     "<think>Let me see.</think># Llamas\n\nThey *hum* and **eat** `hay` ([more](https://example.org)).\n\n1. one\n   - inner\n2. two\n\n"
@@ -32,63 +33,6 @@ def running_server() -> Iterator:
 def server(running_server):
     running_server.forget()
     return running_server
-
-
-class Reader:
-    """Someone in front of the page: opens it, types, waits, and notes what a good page never does."""
-
-    def __init__(self, browser, address: str, **options) -> None:
-        self.context = browser.new_context(**({"viewport": {"width": 1200, "height": 800}} | options))
-        self.context.set_default_timeout(10_000)
-        self.address, self.page, self.complaints = address, self.context.new_page(), []
-        self.context.on("request", lambda request: self.check_address(request.url))
-        self.page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
-        self.page.on("console", self.check_console)
-        self.open()
-
-    def open(self) -> None:
-        """Open the page as if for the first time."""
-        self.page.goto(self.address + "/web/chat.css")  # a page of the same origin that keeps nothing
-        self.page.evaluate("localStorage.clear(), sessionStorage.clear()")
-        self.page.goto(self.address + "/")
-        self.page.wait_for_selector("#model option", state="attached")
-
-    def check_address(self, url: str) -> None:
-        if not url.startswith((self.address + "/", "data:image/svg+xml", f"blob:{self.address}/")):
-            self.complaints.append(f"a request left the origin: {url}")
-
-    def check_console(self, message) -> None:
-        # the browser itself notes each refused request
-        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
-            self.complaints.append(f"console: {message.text}")
-
-    def ask(self, text: str, waits: bool = True) -> None:
-        self.page.fill("#prompt", text)
-        self.page.press("#prompt", "Enter")
-        if waits:
-            self.wait()
-
-    def wait(self) -> None:
-        self.page.wait_for_selector("#send:not([hidden])")
-
-    def until(self, claim: str) -> None:
-        """Wait until an expression is true (by asking again: the page's policy forbids Playwright's own way)."""
-        deadline = time.monotonic() + 10
-        while not self.page.evaluate(claim):
-            assert time.monotonic() < deadline, f"never true: {claim}"
-            time.sleep(0.02)
-
-    def answers(self) -> list[str]:
-        return self.page.locator(".answer .prose:not(.thought *)").all_inner_texts()
-
-    def questions(self) -> list[str]:
-        return self.page.locator(".user .bubble").all_inner_texts()
-
-    def conversations(self) -> list[str]:
-        return self.page.locator("#conversations .row").all_inner_texts()
-
-    def note(self) -> str:
-        return self.page.locator(".answer:last-child .note").inner_text()
 
 
 @pytest.fixture
@@ -348,6 +292,7 @@ FAILURES = {
     "stopping": (Reply(status=503, message="It is stopping."), "", "The server cannot answer now. It is stopping."),
     "a bug": (Reply(status=500, message="Sorry."), "", "The server failed (500). Sorry."),
     "too long": (Reply(status=400, message="The prompt is too long."), "", "The server refused this (400). The prompt is too long."),
+    "no words": (Reply(""), "", "The answer is empty."),
     "a cut": (Reply("Once upon", end="cut", pause=0.1), "Once upon", BROKEN),
     "an error frame": (Reply("Once upon", end="error"), "Once upon", "The server broke off: The engine failed."),
 }
@@ -401,11 +346,7 @@ def test_an_answer_that_a_reload_interrupted_says_so(reader, server):
 
 def test_a_missing_key_is_asked_for_and_the_question_goes_on(browser, server):
     server.key = "secret"
-    reader = Reader.__new__(Reader)
-    reader.context = browser.new_context()
-    reader.context.set_default_timeout(10_000)
-    reader.page = reader.context.new_page()
-    reader.page.goto(server.address + "/")
+    reader = Reader(browser, server.address, waits=False)
     reader.page.wait_for_selector("#key-dialog[open]")
     assert reader.page.inner_text("#key-reason") == "This server asks for an API key."
     reader.page.keyboard.press("Escape")
@@ -421,6 +362,7 @@ def test_a_missing_key_is_asked_for_and_the_question_goes_on(browser, server):
     assert reader.questions() == ["Hi"]
     assert server.asked[0]["messages"] == [{"role": "user", "content": "Hi"}]
     assert "secret" not in reader.page.evaluate("JSON.stringify(localStorage)")
+    assert reader.complaints == []
     reader.context.close()
 
 
@@ -508,7 +450,7 @@ def test_the_page_scrolls_with_the_answer_until_the_reader_scrolls(reader, serve
     reader.page.mouse.wheel(0, -5000)
     reader.page.wait_for_selector("#to-end:not([hidden])")
     reader.wait()
-    assert reader.page.evaluate("scroller.scrollTop") == 0
+    assert reader.page.evaluate("scroller.scrollTop") < 100
     reader.page.click("#to-end")
     assert reader.page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") <= 1
 
@@ -546,8 +488,6 @@ def test_fingers_hit_everything(read, server):
     reader = read(viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True)
     small = {state: reader.page.evaluate(SMALL_TARGETS) for state in states(reader, server)}
     assert small == {"welcome": [], "conversation": [], "list": [], "settings": []}
-        ["welcome", "conversation", "list", "settings"], []
-    )
 
 
 def test_the_list_slides_over_a_narrow_page_and_holds_the_focus(read):
@@ -617,4 +557,4 @@ def test_the_page_needs_no_inline_code_and_no_other_server():
 
 def test_the_page_is_small():
     assert sum(path.stat().st_size for path in WEB.iterdir()) < 80_000
-    assert all(len(path.read_text().splitlines()) <= 420 for path in WEB.iterdir())
+    assert all(len(path.read_text().splitlines()) <= 400 for path in WEB.iterdir())

@@ -32,7 +32,7 @@ snake_case_name and 2 * 3 * 4, a*b*c, "**quoted**", (*in*), **bold**text, **no c
 \\*no\\* \\`no\\` \\# \\a \\\\ \\[no](x) `\\*`
 [words](https://a.example/x) [*in* `it`](https://a.example/(y)) [t](<https://a.example/z> "title")
 [unclosed](x y [brackets] only, ](x) and [a [b](https://b.example) c](x)
-<https://auto.example/?q=1&r=2> 1 < 2 & 3 > 2 &copy;
+<https://auto.example/?q=1&r=2> 1 < 2 & 3 > 2 &amp; &lt;b&gt; `&amp;`
 <b>bold</b> <img src=x onerror=alert(1)>
 - one
 - two

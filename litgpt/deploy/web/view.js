@@ -2,11 +2,11 @@
 
 import { Markdown } from "./markdown.js";
 
-const STOPPED = "You stopped this answer.";
 const NOTES = {
   length: "The answer reached its token limit.",
-  cancelled: STOPPED,
+  cancelled: "You stopped this answer.",
   timeout: "The server’s time limit ended this answer.",
+  empty: "The answer is empty.",
   left: "The page was closed before the answer was complete.",
 };
 
@@ -64,7 +64,7 @@ class Answer {
   }
 
   update(isRunning) {
-    const { content, problem, finish } = this.message;
+    const { content, problem } = this.message;
     const { thought, answer, isThinking } = withoutThought(content);
     this.thought.hidden = !thought;
     this.thought.firstElementChild.textContent = isThinking && isRunning ? "Thinking…" : "Thoughts";
@@ -73,17 +73,22 @@ class Answer {
     this.waiting.hidden = !isRunning || Boolean(answer);
     this.element.ariaBusy = isRunning ? "true" : "false";
     this.actions.hidden = isRunning || !content;
-    const note = isRunning ? "" : (problem ?? (finish ? NOTES[finish] : NOTES.left));
+    const note = isRunning ? "" : noteOn(this.message);
     this.note.hidden = !note;
     this.note.className = problem ? "note problem" : "note";
     this.note.replaceChildren(...(note ? [note] : []));
-    if (problem) {
+    if (note && (problem || !content)) {
       const again = make("button", { type: "button", className: "plain", textContent: "Try again" });
       again.dataset.action = "again";
       this.note.append(" ", again);
     }
     this.stats.textContent = isRunning ? "" : statistics(this.message);
   }
+}
+
+/** Return what the reader should know about how an answer ended, or an empty text. */
+export function noteOn({ content, problem, finish }) {
+  return problem ?? (finish ? NOTES[finish] : NOTES.left) ?? (content ? "" : NOTES.empty);
 }
 
 /** Return how many tokens the answer has, and how fast they came. */
