@@ -17,16 +17,18 @@ from litgpt.cache import Cache
 from litgpt.checkpoint import copy_side_files, described_by, find_adapter, load_model, write_checkpoint
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
+from litgpt.files import kind_of
 from litgpt.generate.answers import Generated, Options, Progress, Reply, new_reply, write
 from litgpt.generate.memory import new_cache
 from litgpt.generate.reading import continuation_ids, embeddings, token_logprobs
-from litgpt.generate.run import check_quantize, stop_tokens
+from litgpt.generate.run import check_quantize, prompt_ids, stop_tokens
 from litgpt.hardware import compute_dtype, find_device, parse_devices, peak_memory_gb, products_dtype
 from litgpt.loss import IGNORED
 from litgpt.model import GPT
-from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, save_prompt_style, save_stop_tokens, with_own_style
+from litgpt.prompts import ChatTemplate, PromptStyle, find_prompt_style, save_prompt_style, save_stop_tokens, with_own_style
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
+from litgpt.weight_files import load_pickle
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or messages with `role` and `content`
 Scored = str | tuple[Prompt, str]  # a text, or what it goes on from and the text
@@ -247,7 +249,7 @@ class LLM(nn.Module):
             UserError: An argument is out of its range, the prompt is longer than the context, or the model is not loaded yet.
         """
         self._loaded()
-        several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
+        several = not _is_one(prompt)
         details = return_details or logprobs is not None
         if stream and (several or details):
             other = "a list of prompts" if several else "`logprobs`" if logprobs is not None else "`return_details`"
@@ -262,11 +264,14 @@ class LLM(nn.Module):
             return self._pieces(steps, return_as_token_ids)
         for _ in steps:
             pass
-        results = [reply.result if details else self._ids(reply.answer.made) if return_as_token_ids else reply.text for reply in replies]
+        results = [reply.result if details else self._made(reply, return_as_token_ids) for reply in replies]
         return results if several else results[0]
 
     def _reply(self, prompt: Prompt, sys_prompt: str | None, options: Options) -> Reply:
-        ids = encode_prompt(self.prompt_style, self.tokenizer, prompt, sys_prompt=sys_prompt)
+        ids = prompt_ids(self.prompt_style, self.tokenizer, prompt, sys_prompt)
+        if self.fixed_kv_cache_size is not None and self.fixed_kv_cache_size <= len(ids) < self.config.block_size:
+            most = f"`fixed_kv_cache_size` leaves room for {self.fixed_kv_cache_size}, of which an answer needs at least one"
+            raise UserError(f"The prompt has {len(ids)} tokens, but {most}. Call `.distribute()` with a larger one.")
         ends = stop_tokens(self.prompt_style, self.tokenizer)
         return new_reply(self._loaded(), self.tokenizer, ids, options, ends, self.fixed_kv_cache_size)
 
@@ -287,6 +292,9 @@ class LLM(nn.Module):
                 yield from (self._ids([token]) for token in step.tokens)
             elif step.text:
                 yield step.text
+
+    def _made(self, reply: Reply, as_ids: bool) -> str | Tensor:
+        return self._ids(reply.answer.made) if as_ids else reply.text
 
     def _ids(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, device=self.preprocessor.device)
@@ -341,7 +349,7 @@ class LLM(nn.Module):
             raise UserError("`texts` is a list of texts, but got a single one. Put it in [ ].")
         parts = [self._given_and_counted(text) for text in texts]
         logprobs = token_logprobs(self._loaded(), [[*given, *ids] for given, ids in parts], [max(len(given), 1) for given, _ in parts])
-        return logprobs if per_token else [sum(summands) for summands in logprobs]
+        return logprobs if per_token else [sum(summands, 0.0) for summands in logprobs]
 
     def _given_and_counted(self, text: Scored) -> tuple[list[int], list[int]]:
         if isinstance(text, str):
@@ -351,7 +359,7 @@ class LLM(nn.Module):
         given, continuation = text
         if isinstance(given, str):
             return continuation_ids(self.tokenizer, given, continuation)
-        ids = encode_prompt(self.prompt_style, self.tokenizer, given)
+        ids = prompt_ids(self.prompt_style, self.tokenizer, given)
         return ids, self.tokenizer.offsets(continuation, inside=True)[0]
 
     def _loaded(self) -> GPT:
@@ -369,7 +377,7 @@ class LLM(nn.Module):
         Args:
             input_ids: Token ids, (B, T).
             target_ids: The same ids again, (B, T), with -100 where they do not count: each position's target is the id behind it.
-            loss_fn: Takes logits (B, T - 1, V) and targets (B, T - 1); by default the mean cross entropy.
+            loss_fn: Takes logits (B, T - 1, V) and targets (B, T - 1); by default the mean cross entropy, which is 0 if none count.
         """
         logits = self._loaded()(input_ids)
         if target_ids is None:
@@ -377,7 +385,8 @@ class LLM(nn.Module):
         predictions, targets = logits[..., :-1, :], target_ids[..., 1:]
         if loss_fn is not None:
             return logits, loss_fn(predictions, targets)
-        return logits, F.cross_entropy(predictions.flatten(0, -2).float(), targets.flatten().long(), ignore_index=IGNORED)
+        total = F.cross_entropy(predictions.flatten(0, -2).float(), targets.flatten().long(), ignore_index=IGNORED, reduction="sum")
+        return logits, total / (targets != IGNORED).sum().clamp(min=1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the model's own state."""
@@ -416,12 +425,12 @@ class LLM(nn.Module):
         weights, config, base = model.state_dict(), model.config, self.adapter_dir
         write_checkpoint(Path(out_dir), weights, config, source=source, base=base, extras=add_tokenizer_and_style)
 
-    def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str | Tensor, dict[str, list[float]]]:
+    def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[Answered, dict[str, list[float]]]:
         """Generate some times, and return the last answer and what was measured.
 
         Args:
             num_iterations: How often to generate.
-            kwargs: The arguments of `generate`, for one prompt.
+            kwargs: The arguments of `generate`, for one prompt; a streamed answer is measured like any other.
         """
         if num_iterations < 1:
             raise UserError(f"`num_iterations` must be at least 1, but got {num_iterations}.")
@@ -433,8 +442,17 @@ class LLM(nn.Module):
         return answer, results
 
     def _measured(
-        self, prompt: Prompt, sys_prompt: str | None = None, return_as_token_ids: bool = False, stream: bool = False, **options: Any
-    ) -> tuple[str | Tensor, dict[str, float]]:
+        self,
+        prompt: Prompt,
+        sys_prompt: str | None = None,
+        return_as_token_ids: bool = False,
+        stream: bool = False,
+        return_details: bool = False,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> tuple[Answered, dict[str, float]]:
+        if not _is_one(prompt):
+            raise UserError("`benchmark` measures how one prompt is answered, but got a list of them. Name one.")
         start = perf_counter()
         reply = self._reply(prompt, sys_prompt, Options(**options))
         steps = self._written([reply])
@@ -451,7 +469,8 @@ class LLM(nn.Module):
         }
         if self.preprocessor.device.type == "cuda":
             measured["Total GPU memory allocated in GB"] = peak_memory_gb(self.preprocessor.device)
-        return self._ids(tokens) if return_as_token_ids else reply.text, measured
+        details = return_details or reply.answer.n_logprobs is not None
+        return reply.result if details else self._made(reply, return_as_token_ids), measured
 
 
 class Preprocessor:
@@ -497,14 +516,23 @@ def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int | None]:
     return list(seed)
 
 
+def _is_one(prompt: Any) -> bool:
+    """Whether this is one prompt and not a list of several."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise UserError(f"`prompt` is a text, a list of messages, or a list of such prompts, but got {kind_of(prompt)}.")
+    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
 def _read_trainer_state(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise MissingFile(f"There is no file {str(file)!r}.")
-    try:
-        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        return loaded["state_dict"]
-    except Exception as error:
-        raise UserError(f"{file} is no checkpoint of a Lightning Trainer that can be read safely: {error}") from None
+    loaded = load_pickle(file)
+    state = loaded.get("state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{file} is no checkpoint of a Lightning Trainer: it has no weights under `state_dict`. Name another file.")
+    return state
 
 
 def _without_own_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -101,7 +101,7 @@ def products_dtype(precision: str | None) -> torch.dtype:
     if precision is None:
         return compute_dtype()
     if precision not in PRODUCTS:
-        raise UserError(f"`precision` is one of {', '.join(PRODUCTS)}, but got {precision!r}.{did_you_mean(precision, PRODUCTS)}")
+        raise UserError(f"`precision` is one of {', '.join(PRODUCTS)}, but got {precision!r}.{did_you_mean(str(precision), PRODUCTS)}")
     return PRODUCTS[precision]
 
 

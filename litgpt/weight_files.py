@@ -206,7 +206,7 @@ def open_weights(file: Path, way: str | None = None) -> Iterator[Any]:
         raise UserError(f"{file} is damaged or cut off ({error}). {way}") from None
 
 
-def _load_pickle(file: Path) -> Any:
+def load_pickle(file: Path) -> Any:
     """Read a file of `torch.save`, which may hold tensors and plain values only."""
     check_readable(file)
     try:
@@ -224,7 +224,7 @@ def _load_pickle(file: Path) -> Any:
 
 def unwrapped(file: Path) -> dict[str, Tensor]:
     """Return the weights that a file of `torch.save` holds: plain, under "model", or with the prefix of a compiled model."""
-    loaded = _load_pickle(file)
+    loaded = load_pickle(file)
     weights = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()):
         raise UserError(f"{file} must hold a dictionary of names and tensors, plain or under 'model', but does not. Write it again.")

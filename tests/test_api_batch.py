@@ -168,6 +168,8 @@ def test_an_answer_with_a_schema_is_json_that_obeys_it_and_leaves_its_neighbours
         (dict(repetition_penalty=0.0), "`repetition_penalty`.*0.0"),
         (dict(logprobs=-1), "`logprobs`.*-1"),
         (dict(stop=["a", ""]), "`stop` has an empty text"),
+        (dict(stop=["a", 1]), "`stop` is a text or a list of texts, but has 1"),
+        (dict(prompt=[{"role": "user", "content": None}]), "Message 0 needs a text as its `content`, but has None"),
         (dict(seed=[1, 2]), "`seed` lists 2 seeds for 1 prompts"),
         (dict(batch_size=0), "`batch_size`.*0"),
         (dict(stream=True, logprobs=1), "`stream`.*`logprobs`"),

@@ -221,7 +221,7 @@ def run_line(line: str, place: str, server: PageServer) -> None:
     while "=" in words[0]:
         name, _, variables[name] = words.pop(0).partition("=")
     program, *argv = words
-    if (program, argv[0]) in (("litgpt", "serve"), ("python", "server.py")):
+    if words[:2] in (["litgpt", "serve"], ["python", "server.py"]):
         server.start(line, program, argv, variables)
         return
     if program in SHELL:

@@ -67,7 +67,7 @@ def load_split(json_path: Path) -> list[Record]:
     _check_suffix(path)
     if not path.is_file():
         raise MissingFile(f"There is no file {path}.")
-    places, records = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix](path)
+    places, records = {".json": read_json_records, ".jsonl": read_jsonl, ".parquet": read_parquet}[path.suffix](path)
     if not records:
         raise UserError(f"{path} is empty: it has no records.")
     placed = []
@@ -81,7 +81,8 @@ def load_split(json_path: Path) -> list[Record]:
     return placed
 
 
-def _read_json(path: Path) -> tuple[list[str], list]:
+def read_json_records(path: Path) -> tuple[list[str], list]:
+    """Return the records of a JSON file, a list and where each stands, for messages."""
     text = _text(path)
     if not text.strip():
         return [], []
@@ -97,7 +98,8 @@ def _read_json(path: Path) -> tuple[list[str], list]:
     return [f"record {number}" for number in range(1, len(records) + 1)], records
 
 
-def _read_jsonl(path: Path) -> tuple[list[str], list]:
+def read_jsonl(path: Path) -> tuple[list[str], list]:
+    """Return the records of a file with one JSON record a line and where each stands, for messages."""
     places, records = [], []
     for number, line in enumerate(_text(path).split("\n"), start=1):  # not splitlines: JSON texts may hold U+2028
         if not line.strip():
@@ -118,7 +120,8 @@ def _too_much(error: ValueError | RecursionError) -> str:
     return f"{what}. A record has the keys `instruction` and `output`, or `messages`."
 
 
-def _read_parquet(path: Path) -> tuple[list[str], list]:
+def read_parquet(path: Path) -> tuple[list[str], list]:
+    """Return the records of a Parquet file and where each stands, for messages."""
     parquet, arrow = optional("pyarrow.parquet", "all"), optional("pyarrow", "all")
     try:
         records = parquet.read_table(path).to_pylist()

@@ -3,11 +3,11 @@
 import asyncio
 import mimetypes
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -50,6 +50,8 @@ from litgpt.generate.batch import check_ids
 from litgpt.prompts import encode_prompt
 
 __all__ = ["Defaults", "Limits", "Service", "make_app"]
+
+T = TypeVar("T")
 
 PREDICT = "/predict"
 WEB = Path(__file__).with_name("web")
@@ -194,7 +196,8 @@ async def load_adapter(body: AdapterRequest, request: Request) -> Response:
     folder = service.adapter_dir / name
     if not await in_thread(folder.is_dir):
         raise ApiError(404, f"There is no folder {name!r} in the server's folder of adapters.", "name", "model_not_found")
-    await _in_engine(service, lambda: service.adapters.load(name, folder))
+    pairs = await _for_adapters(service, asyncio.to_thread(service.adapters.read, folder))  # the model computes meanwhile
+    await _in_engine(service, lambda: service.adapters.install(name, pairs))
     service.note_loaded(name)
     return answered(model_card(service, name))
 
@@ -215,13 +218,19 @@ async def unload_adapter(name: str, request: Request) -> Response:
 async def _in_engine(service: Service, function: Callable[[], object]) -> None:
     """Run a function in the engine's thread."""
     try:
-        await asyncio.wrap_future(service.engine.call(function))
+        await _for_adapters(service, asyncio.wrap_future(service.engine.call(function)))
+    except (EngineStopping, EngineFailed) as error:
+        raise ApiError(503, str(error), code="stopping" if isinstance(error, EngineStopping) else "engine_failed") from None
+
+
+async def _for_adapters(service: Service, work: Awaitable[T]) -> T:
+    """Return what comes of work with adapters; what is wrong with their files is the client's to know."""
+    try:
+        return await work
     except MissingFile as error:
         raise ApiError(404, _without_folder(service, error)) from None
     except UserError as error:
         raise ApiError(400, _without_folder(service, error)) from None
-    except (EngineStopping, EngineFailed) as error:
-        raise ApiError(503, str(error), code="stopping" if isinstance(error, EngineStopping) else "engine_failed") from None
 
 
 def _without_folder(service: Service, error: UserError) -> str:

@@ -90,7 +90,7 @@ def make_plan(service: Service, body: ChatRequest) -> Plan:
     form, lark, schema = None, None, _schema(service, body)
     if functions:
         style = with_tools(style, functions)
-        form = call_format(style, functions[0].name)
+        form = call_format(style)
         lark = _forced(service, body, form, functions)
     ids = encode_prompt(style, tokenizer, as_given(body.messages))
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

@@ -24,6 +24,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 log = logging.getLogger("litgpt.serve")
 
 OPEN = frozenset({"/health", "/ready"})  # what an orchestrator asks for
+WATCHED = OPEN | {"/metrics"}  # answered to the end
 MAX_CONNECTIONS = 512
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 32 * 1024  # the request line and all headers together
@@ -39,7 +40,11 @@ HEADERS = {  # of every answer that has no other
     b"cache-control": b"no-store",
     b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
 }
-FURTHER_HEADERS = {401: [(b"www-authenticate", b"Bearer")], 408: [(b"connection", b"close")]}  # of refusals, by status
+FURTHER_HEADERS = {  # of refusals, by status
+    401: [(b"www-authenticate", b"Bearer")],
+    408: [(b"connection", b"close")],
+    503: [(b"retry-after", b"1")],
+}
 
 
 class Guard:
@@ -55,11 +60,16 @@ class Guard:
         max_body: The most bytes that a request's body may have.
         page: The paths of the page that asks for the key, fixed files without data.
         log_prompts: Whether to log the bodies of requests.
+
+    Attributes:
+        is_ending: Set it to refuse new requests from now on.
+        n_active: How many requests the app works on.
     """
 
     def __init__(self, app: App, *, key: str | None, max_body: int, page: Iterable[str] = (), log_prompts: bool = False) -> None:
         self.app, self.max_body, self.log_prompts = app, max_body, log_prompts
         self.open = OPEN.union(page)
+        self.is_ending, self.n_active = False, 0
         self.key = None if key is None else digest(key.encode())
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -78,7 +88,11 @@ class Guard:
                 await exchange.refuse(refusal)
                 return
             if not exchange.is_abandoned:
-                await self.app(scope, exchange.receive, exchange.send)
+                self.n_active += 1
+                try:
+                    await self.app(scope, exchange.receive, exchange.send)
+                finally:
+                    self.n_active -= 1
         finally:
             exchange.report(self.log_prompts)
 
@@ -91,6 +105,8 @@ class Guard:
             check_local(headers)
         elif not (scope["method"] in ("GET", "HEAD") and scope["path"] in self.open):
             self.check_key(headers)
+        if self.is_ending and scope["path"] not in WATCHED:
+            raise ApiError(503, "The server is about to end.", code="stopping")
         if scope["method"] in ("POST", "PUT", "PATCH"):
             kind = values(headers, b"content-type")
             if [text.partition(b";")[0].strip().lower() for text in kind] != [b"application/json"]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 
 import uvicorn
@@ -117,7 +118,7 @@ def run_server(
     refuse_later(devices, generate_strategy)
     defaults = Defaults(temperature, top_k, top_p, min_p, max_new_tokens, seed)
     check_defaults(defaults)
-    wait, grace_time = seconds(timeout, "timeout"), min(seconds(grace, "grace"), threading.TIMEOUT_MAX)
+    wait, grace_time = seconds(timeout, "timeout"), seconds(grace, "grace")
     limits = replace(Limits(), timeout=wait if 0 < wait < math.inf else None)
     device, key = find_device(accelerator), find_key(api_key, api_key_file)
     check_paths(api_path, openai_spec, adapter_dir)
@@ -273,16 +274,16 @@ class Life:
 
     Args:
         service: The model behind it.
-        app: What answers requests.
+        guard: The app, and what stands before it.
         listener: Where they come from; it is bound, and listens only from now on.
         grace: Seconds that requests under way may take when the server is told to end.
     """
 
-    def __init__(self, service: Service, app: Guard, listener: socket.socket, grace: float) -> None:
-        self.service, self.engine, self.listener, self.grace = service, service.engine, listener, grace
+    def __init__(self, service: Service, guard: Guard, listener: socket.socket, grace: float) -> None:
+        self.service, self.engine, self.guard, self.listener, self.grace = service, service.engine, guard, listener, grace
         settings = dict(lifespan="off", ws="none", loop="asyncio", log_config=None, access_log=False, server_header=False)
         limits = dict(h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_keep_alive=KEEP_ALIVE, backlog=BACKLOG)
-        config = uvicorn.Config(app, http=Connection, proxy_headers=False, timeout_graceful_shutdown=LAST_WORDS, **settings, **limits)
+        config = uvicorn.Config(guard, http=Connection, proxy_headers=False, timeout_graceful_shutdown=LAST_WORDS, **settings, **limits)
         self.server, self.ending = Server(config), asyncio.Event()
 
     async def run(self, message: str) -> None:
@@ -341,11 +342,18 @@ class Life:
         log.error("The engine broke. The server answers 503 until it is started anew.", exc_info=self.engine.failure)
 
     async def drain(self) -> None:
-        """Refuse new requests and wait for those under way."""
-        self.service.is_ready = False
-        if n := self.engine.n_running + self.engine.n_waiting:
-            note(f"Ending: {n} answers are under way and have {self.grace:g} seconds.")
-        if not await asyncio.to_thread(self.engine.drain, self.grace):
+        """Refuse new requests and wait for those under way, but not for clients that do not read what is ready."""
+        self.service.is_ready, self.guard.is_ending = False, True
+        if self.guard.n_active:
+            note(f"Ending: {self.guard.n_active} requests are under way and have {self.grace:g} seconds.")
+        start = busy = monotonic()
+        while self.guard.n_active and (now := monotonic()) < start + self.grace:
+            if self.engine.n_running + self.engine.n_waiting:
+                busy = now
+            elif now > busy + LAST_WORDS:
+                return
+            await asyncio.sleep(0.02)
+        if self.guard.n_active:
             log.warning("The grace time is over: what is not finished is broken off.")
 
     async def finish(self, serving: asyncio.Task) -> None:

@@ -20,7 +20,7 @@ from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.tokenizer import Tokenizer
 
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-ARGUMENTS = {"probe": 1}  # of the call that the template is asked to write
+NAME, ARGUMENTS = "function_to_find", {"probe": 1}  # of the call that the template is asked to write
 KEYS = ("arguments", "parameters")  # what the arguments are called where a call is an object
 UNKNOWN = "How this model's chat template writes calls is not known. Ask without `tools`."
 ID = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -80,17 +80,16 @@ def _as_told(function: Function) -> dict[str, Any]:
     return {"name": function.name, "description": function.description or "", "parameters": parameters}
 
 
-def call_format(told: ChatTemplate, name: str) -> CallFormat:
+def call_format(told: ChatTemplate) -> CallFormat:
     """Return how a template writes calls.
 
     Args:
         told: The template, told of functions.
-        name: One of these.
 
     Raises:
         UserError: It does not write them, or in a way that is not known.
     """
-    function = {"name": name, "arguments": ARGUMENTS}
+    function = {"name": NAME, "arguments": ARGUMENTS}
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "call00000", "function": function}]}
     plain, text = (told.render([QUESTION, message], False)[0] for message in (ANSWER, call))
     start = plain.rindex("answer") if "answer" in plain else 0
@@ -99,10 +98,10 @@ def call_format(told: ChatTemplate, name: str) -> CallFormat:
     end = plain[plain.rindex("answer") + len("answer") :] if "answer" in plain else ""
     written = text[start:].removesuffix(end)
     found = re.search(r"\{\s*\"probe\":\s*1\s*\}", written)
-    named = written.rfind(name, 0, found.start()) if found else -1
+    named = written.rfind(NAME, 0, found.start()) if found else -1
     if found is None or named < 0:
         raise UserError(UNKNOWN)
-    form = CallFormat(written[:named], written[named + len(name) : found.start()], written[found.end() :])
+    form = CallFormat(written[:named], written[named + len(NAME) : found.start()], written[found.end() :])
     if not form.is_object and not form.marker:
         raise UserError("This model's chat template writes calls so that they cannot be told from text. Ask without `tools`.")
     return form
@@ -184,8 +183,9 @@ class CallReader:
     def _show(self, n: int) -> Piece:
         text, self._held = self._held[:n], self._held[n:]
         self._n_shown += n
-        tokens = [scored for scored in self._tokens if not self._held or scored.start < self._n_shown]
-        self._tokens = self._tokens[len(tokens) :]
+        last = self._n_shown if self._held else float("inf")
+        n_tokens = next((i for i, scored in enumerate(self._tokens) if scored.start >= last), len(self._tokens))
+        tokens, self._tokens[:n_tokens] = self._tokens[:n_tokens], []
         return Piece(text, tokens)
 
     def finish(self) -> tuple[Piece, list[Call]]:

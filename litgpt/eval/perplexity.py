@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from litgpt.checkpoint import find_adapter
-from litgpt.data.json_data import _read_json, _read_jsonl, _read_parquet
+from litgpt.data.json_data import read_json_records, read_jsonl, read_parquet
 from litgpt.errors import MissingFile, UserError
 from litgpt.eval.evaluate import checked_batch_size, find_dtype, find_named_device, load_speaker, prepared_file, write_json
 from litgpt.eval.harness import beginning_of, encoded
@@ -20,7 +20,7 @@ from litgpt.generate.run import Speaker
 from litgpt.scripts.download import find_checkpoint
 
 MAX_LENGTH = 2048  # how much is read at a time, where the model could read more
-RECORDS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+RECORDS = {".json": read_json_records, ".jsonl": read_jsonl, ".parquet": read_parquet}
 SUFFIXES = (".txt", *RECORDS)
 BYTE_ORDER_MARK = "\ufeff"
 

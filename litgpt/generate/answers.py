@@ -3,18 +3,36 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral, Real
 from time import perf_counter
 from typing import Any, NamedTuple
 
 from litgpt.cache import Cache
 from litgpt.errors import UserError
+from litgpt.files import kind_of
 from litgpt.generate.batch import Answer, Batch, TokenLogprob
 from litgpt.generate.grammar import Grammar, compile_grammar
 from litgpt.generate.memory import CHUNK, new_cache, room
-from litgpt.generate.sampling import NO_NUMBERS, RowState
+from litgpt.generate.sampling import RowState
 from litgpt.generate.stopping import StopMatcher
 from litgpt.model import GPT
 from litgpt.tokenizer import StreamDecoder, Tokenizer
+
+
+WHOLE, ANY = (Integral, "a whole number"), (Real, "a number")
+NUMBERS = {  # what kind of number each option is
+    "max_new_tokens": WHOLE,
+    "temperature": ANY,
+    "top_k": WHOLE,
+    "top_p": ANY,
+    "min_p": ANY,
+    "repetition_penalty": ANY,
+    "presence_penalty": ANY,
+    "frequency_penalty": ANY,
+    "seed": WHOLE,
+    "logprobs": WHOLE,
+}
+MAYBE = ("top_k", "seed", "logprobs")  # those that may be None
 
 
 class Generated(NamedTuple):
@@ -57,20 +75,30 @@ class Options:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     logprobs: int | None = None
     schema: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name, (kind, wanted) in NUMBERS.items():
+            value = getattr(self, name)
+            if (value is not None or name not in MAYBE) and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise UserError(f"`{name}` must be {wanted}, but is {repr(value) if isinstance(value, Real) else kind_of(value)}.")
+        if not isinstance(self.stop, str | Sequence | None):
+            raise UserError(f"`stop` is a text or a list of texts, but is {kind_of(self.stop)}.")
+        if self.max_new_tokens < 1:
+            raise UserError(f"`max_new_tokens` must be at least 1, but got {self.max_new_tokens}.")
         if self.logprobs is not None and self.logprobs < 0:
             raise UserError(f"`logprobs` counts the likeliest tokens to tell, so it is 0 or more, but got {self.logprobs}.")
+        if wrong := [text for text in self.stops if not isinstance(text, str)]:
+            raise UserError(f"`stop` is a text or a list of texts, but has {wrong[0]!r}.")
         if "" in self.stops:
             raise UserError("`stop` has an empty text, which every answer contains. Leave it out.")
 
     @property
     def stops(self) -> list[str]:
         """The texts that end it."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     def row(self, grammar: Grammar | None = None) -> RowState:
         """Return the state of a row that is sampled so."""
@@ -200,7 +228,7 @@ def _write(batch: Batch, replies: Iterable[Reply]) -> Iterator[Progress]:
                 filling[reply.answer] = reply
         for answer, tokens in batch.step():
             if answer.finish == "error":
-                raise UserError(NO_NUMBERS)
+                raise UserError(answer.error)
             reply, was_running = filling[answer], answer.finish is None
             text = reply.push(tokens)
             if answer.finish is not None:

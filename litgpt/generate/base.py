@@ -101,9 +101,7 @@ def main(
         raise UserError("There is a `prompt` and a file of `prompts` too. Leave one of them out.")
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     penalties = dict(presence_penalty=presence_penalty, frequency_penalty=frequency_penalty)
-    limits: dict[str, Any] = dict(
-        stop=() if stop is None else stop, logprobs=logprobs, schema=None if schema is None else read_json(schema)
-    )
+    limits: dict[str, Any] = dict(stop=stop, logprobs=logprobs, schema=None if schema is None else read_json(schema))
     options = Options(max_new_tokens, **sampling, **penalties, **limits, seed=seed)
     options.row()  # mistakes are told before the model is loaded
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" and prompts is None else prompt

@@ -66,6 +66,11 @@ class Answer:
     def __post_init__(self) -> None:
         self.matcher = StopMatcher(self.stop)
 
+    @property
+    def error(self) -> str:
+        """Why it finished with "error", in one sentence."""
+        return (self.row.grammar and self.row.grammar.error) or NO_NUMBERS
+
     def unseen(self, n_known: int, most: int) -> list[int]:
         """Return the next tokens to feed, at most so many, of a row that knows `n_known`."""
         at, n = n_known - self.n_before, len(self.prompt)
@@ -196,7 +201,9 @@ class Batch:
             return shown
         if grammar is not None:
             grammar.accept(token)
-        if grammar is not None and grammar.is_finished:
+        if grammar is not None and grammar.error:
+            answer.finish = "error"
+        elif grammar is not None and grammar.is_finished:
             answer.finish = "stop"
         elif len(answer.made) == answer.max_new_tokens or self.cache.lengths[answer.place] == self.cache.length:
             answer.finish = "length"
@@ -386,6 +393,6 @@ def answer_all(model: GPT, answers: Iterable[Answer], rows: int, length: int, ma
                 batch.join(answer)
         for answer, _ in batch.step():
             if answer.finish == "error":
-                raise UserError(NO_NUMBERS)
+                raise UserError(answer.error)
             if answer.finish is not None:
                 yield answer

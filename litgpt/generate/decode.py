@@ -6,7 +6,7 @@ from litgpt.cache import Cache
 from litgpt.errors import UserError
 from litgpt.generate.batch import Answer, Batch
 from litgpt.generate.memory import new_cache, room
-from litgpt.generate.sampling import NO_NUMBERS, RowState
+from litgpt.generate.sampling import RowState
 from litgpt.generate.stopping import StopMatcher
 from litgpt.model import GPT
 from litgpt.tokenizer import StreamDecoder, Tokenizer
@@ -43,7 +43,7 @@ def decode(
         shown: list[list[int]] = [[] for _ in answers]
         for answer, new in batch.step():
             if answer.finish == "error":
-                raise UserError(NO_NUMBERS)
+                raise UserError(answer.error)
             shown[numbers[answer]] = new + (answer.made[answer.n_shown :] if include_stop and answer.finish == "stop" else [])
         yield shown
 

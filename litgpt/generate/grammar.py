@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
 from math import lcm
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from litgpt.errors import UserError, optional
 from litgpt.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 WHITE_SPACE = r"[ ]?|\n[ ]{0,16}"  # what may stand between the parts of JSON: a weak model would go on with it for ever
 OPTIONS = {  # of llguidance's; a schema cannot change them
@@ -27,7 +31,8 @@ OPTIONS = {  # of llguidance's; a schema cannot change them
 AS_BYTES = '%llguidance {"no_forcing": true}'  # else it encodes what must follow, and fails where a normalizer changes that
 
 # What one request may cost. Beyond, llguidance takes minutes, gigabytes, or more stack than a thread has, which ends the process.
-MAX_LEVELS = 600  # of the schema and of all definitions that it refers to, one within the other
+MAX_LEVELS = 2000  # of the schema and of all definitions that it refers to, one within the other: each takes some 7 kB of stack
+STACK = 2**26  # bytes
 MAX_LITERAL = 4000  # characters of a key or a constant: each token costs time that grows with it
 MAX_PATTERN = 2000  # characters of a regular expression
 MAX_PATTERNS = 10_000  # characters of all of them
@@ -106,8 +111,24 @@ def compile_grammar(
         kind, text = "grammar", lark or ""
         if text.count("\n") >= MAX_RULES:
             raise UserError(f"A grammar may have {MAX_RULES} lines, but this one has {text.count(chr(10)) + 1}.")
-    first = _first_state(tokenizer, vocab_size, tuple(dict.fromkeys(ends)), kind, text)
+    first = _with_stack(lambda: _first_state(tokenizer, vocab_size, tuple(dict.fromkeys(ends)), kind, text))
     return Grammar(first.deep_copy(), vocab_size)
+
+
+def _with_stack(function: Callable[[], T]) -> T:
+    """Return what a function returns, called in a thread of its own that has a large stack: a server's may have little."""
+    with STARTING:
+        before = threading.stack_size(STACK)
+        try:
+            pool = ThreadPoolExecutor(1)
+            future = pool.submit(function)
+        finally:
+            threading.stack_size(before)
+    with pool:
+        return future.result()
+
+
+STARTING = threading.Lock()  # the size is that of all threads that start
 
 
 @lru_cache(maxsize=8)

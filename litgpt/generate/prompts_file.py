@@ -11,30 +11,18 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from litgpt.errors import MissingFile, UserError, did_you_mean
-from litgpt.files import cannot_write, is_file, kind_of, read_bytes, read_text
-from litgpt.generate.answers import Options, Reply, new_reply, write
+from litgpt.files import cannot_write, is_file, is_folder, kind_of, read_bytes, read_text
+from litgpt.generate.answers import NUMBERS, Options, Reply, new_reply, write
 from litgpt.generate.batch import TokenLogprob
 from litgpt.generate.memory import room
 from litgpt.generate.run import Speaker, note
 from litgpt.tokenizer import Tokenizer
 
 SUFFIXES = (".jsonl", ".json", ".txt")
-PROMPTS = {"prompt": str, "messages": list}  # a line has one of them
-OPTIONS = {  # what a line may say for itself
-    "sys_prompt": str,
-    "seed": int,
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "stop": list,
-    "logprobs": int,
-    "schema": dict,
-}
+PROMPTS = ("prompt", "messages")  # a line has one of them
+TYPES = {"prompt": str, "messages": list, "sys_prompt": str, "schema": dict}  # of what `Options` does not check
+OPTIONS = ("sys_prompt", *NUMBERS, "stop", "schema")  # what a line may say for itself
+BEGINNING = b'{"index": '  # of each answer's line
 PAUSE = 10.0  # seconds between two reports
 
 
@@ -106,13 +94,19 @@ def read_lines(path: Path) -> list[Line]:
 def _loaded(text: str) -> tuple[Any, str | None]:
     """Return what a JSON text says, and why if it says nothing."""
     try:
-        return json.loads(text), None
+        return json.loads(text, parse_constant=_no_number), None
     except json.JSONDecodeError as error:
         return None, f"line {error.lineno}, column {error.colno}: {error.msg}"
+    except OverflowError as error:
+        return None, str(error)
     except RecursionError:
         return None, "its values are nested too deep"
     except ValueError:
         return None, "a number in it has thousands of digits"
+
+
+def _no_number(name: str) -> float:
+    raise OverflowError(f"{name} is no number in JSON")
 
 
 def _line(index: int, place: str, record: Any, error: str | None = None) -> Line:
@@ -132,17 +126,12 @@ def _wrong(record: Mapping[str, Any]) -> str | None:
     if len(given) != 1:
         return f"It needs one of `prompt` and `messages`, but has {'both' if given else 'neither'}."
     for name, value in record.items():
-        kind = (PROMPTS | OPTIONS).get(name)
-        if name == "id" or value is None or (name == "stop" and isinstance(value, str)):
-            continue
-        if kind is None:
+        if name not in ("id", *PROMPTS, *OPTIONS):
             hint = did_you_mean(name, [*PROMPTS, *OPTIONS]) or " What the answer is to be known by goes into `id`."
             return f"There is no option {name!r}.{hint}"
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            wanted = {str: "text", list: "a list", dict: "a mapping", int: "a whole number", float: "a number"}[kind]
-            return f"`{name}` must be {wanted}, but is {kind_of(value) if kind is not int else repr(value)}."
-    if any(not isinstance(text, str) for text in record.get("stop", ())):
-        return "`stop` must be a text or a list of texts."
+        kind = TYPES.get(name)
+        if kind is not None and not isinstance(value, kind):
+            return f"`{name}` must be {kind_of(kind())}, but is {kind_of(value)}."
     return None
 
 
@@ -266,7 +255,7 @@ def _said(line: Line) -> dict[str, Any]:
 
 
 def _numbered(record: Mapping[str, Any]) -> bool:
-    return isinstance(record.get("index"), int) and isinstance(record.get("sample", 0), int)
+    return all(isinstance(number, int) and number >= 0 for number in (record.get("index"), record.get("sample", 0)))
 
 
 # The file of answers
@@ -292,10 +281,15 @@ class Results:
     file: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        if self.path is not None and is_folder(self.path):
+            raise UserError(f"{self.path} is a folder, but `out` names a file. Name one in it.")
         self._there = read_bytes(self.path) if self.path is not None and is_file(self.path) else b""
         kept = []
-        for number, line in enumerate(self._there.split(b"\n")[:-1], start=1):  # behind the last line break is what was broken off
+        *lines, last = self._there.split(b"\n")
+        for number, line in enumerate([*lines, last] if last else lines, start=1):
             record, _ = _loaded(line.decode("utf-8", "replace"))
+            if record is None and number > len(lines) and line.startswith(BEGINNING[: len(line)]):
+                break  # what a run that was killed broke off
             if not isinstance(record, dict) or not ({"key", "error"} & record.keys()) or not _numbered(record):
                 raise UserError(f"{self.path} holds something else than answers in line {number}. Choose another `out`.")
             if "error" not in record:
@@ -331,9 +325,10 @@ class Results:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._kept != self._there:
-                partial = self.path.with_name(self.path.name + ".partial")
+                file = self.path.resolve()  # a link stays one
+                partial = file.with_name(file.name + ".partial")
                 partial.write_bytes(self._kept)
-                os.replace(partial, self.path)
+                os.replace(partial, file)
             self.file = self.path.open("ab")
         except OSError as error:
             raise cannot_write(self.path, error) from None
@@ -341,8 +336,12 @@ class Results:
 
     def __exit__(self, *error: object) -> None:
         """Close the file."""
-        if self.file is not None:
+        if self.file is None:
+            return
+        try:
             self.file.close()
+        except OSError as problem:  # what a full disk refused is tried again
+            raise cannot_write(self.path, problem) from None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record."""

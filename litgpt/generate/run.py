@@ -7,6 +7,7 @@ from pathlib import Path
 
 from litgpt.checkpoint import described_by, find_adapter, load_model
 from litgpt.errors import UserError
+from litgpt.files import kind_of
 from litgpt.generate.memory import compile_blocks
 from litgpt.hardware import find_device, products_dtype
 from litgpt.model import GPT
@@ -31,7 +32,7 @@ class Speaker:
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]], sys_prompt: str | None = None) -> list[int]:
         """Return the ids of a prompt or of a list of messages, in the model's prompt style."""
-        return encode_prompt(self.style, self.tokenizer, prompt, sys_prompt=sys_prompt)
+        return prompt_ids(self.style, self.tokenizer, prompt, sys_prompt)
 
 
 def load(
@@ -62,6 +63,25 @@ def load(
         compile_blocks(model)
     style = find_prompt_style(with_own_style(updates, folder), tokenizer, config=model.config)
     return Speaker(folder, model, tokenizer, style)
+
+
+def prompt_ids(
+    style: PromptStyle, tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, str]], sys_prompt: str | None = None
+) -> list[int]:
+    """Return the ids of a prompt, or of messages that all are text: a chat template would write anything else in its own way.
+
+    Raises:
+        UserError: The messages are not a conversation that can be answered.
+    """
+    if not isinstance(sys_prompt, str | None):
+        raise UserError(f"`sys_prompt` must be text, but is {kind_of(sys_prompt)}.")
+    for i, message in enumerate(prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else ()):
+        if not isinstance(message, Mapping):
+            continue  # which is told below
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise UserError(f"Message {i} needs a text as its `{key}`, but has {message.get(key)!r}.")
+    return encode_prompt(style, tokenizer, prompt, sys_prompt=sys_prompt)
 
 
 def check_quantize(quantize: str | None) -> None:

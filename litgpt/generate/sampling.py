@@ -23,6 +23,9 @@ PREFIX = 1024  # how many of the likeliest tokens `top_p` looks at before it sor
 class Rules(Protocol):
     """What a row may say next, such as a grammar's state."""
 
+    error: str | None  # why nothing can be said any more
+    is_finished: bool  # whether nothing may follow
+
     def allowed(self) -> Tensor:
         """Return which tokens may come next, (V,), on the CPU; at least one."""
 
@@ -71,9 +74,7 @@ class RowState:
         if not 0.0 < self.repetition_penalty < float("inf"):
             raise UserError(f"`repetition_penalty` must be above 0, but got {self.repetition_penalty}. Use 1.0 for none.")
         if not 0.0 <= self.min_p <= 1.0:
-            raise UserError(
-                f"`min_p` is a part of the likeliest token's probability, but got {self.min_p}. Use 0 for no limit."
-            )
+            raise UserError(f"`min_p` is a part of the likeliest token's probability, but got {self.min_p}. Use 0 for no limit.")
         for name in ("presence_penalty", "frequency_penalty"):
             if not isfinite(getattr(self, name)):
                 raise UserError(f"`{name}` is a number, but got {getattr(self, name)}. Use 0 for none.")

@@ -1,5 +1,7 @@
 """The engine's thread: who joins, waits, leaves and is told."""
 
+import gc
+import os
 import threading
 import time
 from random import Random
@@ -8,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from litgpt.deploy.engine import Engine, EngineFailed, EngineStopping, QueueFull
+from litgpt.deploy.engine import Engine, EngineFailed, EngineStopping, QueueFull, Ticket
 from litgpt.errors import UserError
 from litgpt.generate.batch import Answer
 from litgpt.generate.decode import complete
@@ -233,3 +235,66 @@ def test_log_probabilities_come_with_their_tokens(make_engine):
 def test_wrong_sizes_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         Engine(tiny_model(), **settings)
+
+
+def alive(*kinds):
+    gc.collect()
+    return sum(isinstance(found, kinds) for found in gc.get_objects())
+
+
+def churn(engine, n, random):
+    """Submit so many requests, let some of them be cancelled at any moment or run out of time, and return how each ended."""
+    listeners = []
+    while len(listeners) < n:
+        prompt = [random.randrange(8) for _ in range(random.randrange(1, 60))]
+        timeout = random.choice([None, None, None, 0.0, 0.005, 0.05])
+        try:
+            listener, ticket = ask(engine, prompt, random.randrange(1, 40), timeout=timeout, temperature=random.choice([0.0, 1.0]))
+        except QueueFull:
+            time.sleep(0.002)
+            continue
+        listeners.append(listener)
+        if random.random() < 0.5:
+            threading.Timer(random.choice([0, 0.001, 0.02]), engine.cancel, [ticket]).start()
+        if random.random() < 0.05:
+            time.sleep(0.02)
+    return [listener.wait() for listener in listeners]
+
+
+def check_nothing_is_left(make_engine, n):
+    model, random = tiny_model("gemma3_text"), Random(0)
+    engine = make_engine(model, max_rows=4, max_queue=20, chunk=16, max_length=100)
+    before = ask(engine, [5, 6, 7], 20)[0]
+    before.wait()
+    churn(engine, 30, random)
+    wait_for_timers()
+    n_tensors = alive(torch.Tensor)
+    ends = churn(engine, n, random)
+    assert {"length", "cancelled", "timeout"} <= set(ends) <= {"length", "stop", "cancelled", "timeout"}
+    engine.call(int).result(10)  # behind the step that told of the last one
+    assert (engine.n_running, engine.n_waiting, engine.batch.running, engine.batch.n_free) == (0, 0, [], 4)
+    assert engine.failure is None and engine.is_alive
+    for end in ("length", "cancelled", "timeout"):
+        assert engine.counters[f"finished_{end}"] >= ends.count(end)
+    assert sum(engine.counters[f"finished_{end}"] for end in ("stop", "length", "cancelled", "timeout", "error")) == n + 31
+    assert engine.counters["requests"] == n + 31
+    assert all(engine.batch.cache.lengths[place] == len(tokens) for place, (_, tokens) in engine.batch.kept.items())
+    wait_for_timers()
+    assert alive(Answer, Ticket) <= 4 and alive(torch.Tensor) <= n_tensors + 4
+    again = ask(engine, [5, 6, 7], 20)[0]
+    assert again.wait() == "length" and again.tokens == before.tokens
+
+
+def wait_for_timers():
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join()
+
+
+def test_300_requests_many_of_them_cancelled_or_late_leave_nothing_behind(make_engine):
+    check_nothing_is_left(make_engine, 300)
+
+
+@pytest.mark.stress
+def test_many_requests_many_of_them_cancelled_or_late_leave_nothing_behind(make_engine):
+    check_nothing_is_left(make_engine, int(os.environ.get("LITGPT_CANCELS", "2000")))

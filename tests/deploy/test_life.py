@@ -55,6 +55,15 @@ def test_a_signal_lets_answers_end_and_refuses_new_ones(number, model, tmp_path)
         assert "Traceback" not in server.errors
 
 
+def test_a_request_of_many_answers_is_finished_too(model, tmp_path):
+    with served(model, tmp_path, "--max_rows", 2) as server:
+        several = Reader(server, n=8, max_tokens=200)
+        assert several.started.wait(20)
+        server.signal(TERM)
+        assert server.exit_code() == 0 and several.wait().is_whole
+        assert sum('"finish_reason":"length"' in event for event in several.events) == 8
+
+
 def test_what_is_not_finished_within_the_grace_time_ends_with_an_error_frame(model, tmp_path):
     with served(model, tmp_path, "--grace", 0.2) as server:
         running = readers(server, 3)

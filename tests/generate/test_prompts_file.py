@@ -188,13 +188,55 @@ def test_more_prompts_and_more_samples_go_on_with_a_finished_run(folder):
 
 def test_a_file_of_something_else_is_left_as_it_is(folder, capsys):
     write(LINES[:2])
-    for content in ("my notes\n", '{"text": "x"}\n', "[]\n"):
+    negative = '{"index": -1, "key": "x"}\n'
+    for content in ("my notes\n", "my notes", '{"text": "x"}\n', '{"text": "x"}', "[]\n", "\n", "\0\0\0", negative):
         with open("out.jsonl", "w") as file:
             file.write(content)
         run(folder, "--prompts", "prompts.jsonl", "--out", "out.jsonl", code=2)
         assert "holds something else than answers in line 1" in capsys.readouterr().err
         with open("out.jsonl") as file:
             assert file.read() == content
+
+
+def test_prompts_are_not_overwritten_by_their_answers(folder):
+    with open("prompts.jsonl", "w") as file:
+        file.write('{"prompt": "Hello"}')
+    run(folder, "--prompts", "prompts.jsonl", "--out", "prompts.jsonl", code=2)
+    with open("prompts.jsonl") as file:
+        assert file.read() == '{"prompt": "Hello"}'
+
+
+def test_an_answer_whose_line_break_is_gone_is_kept(folder):
+    write(LINES[:2])
+    flags = ["--prompts", "prompts.jsonl", "--out", "out.jsonl"]
+    run(folder, *flags)
+    before = records()
+    with open("out.jsonl", "rb+") as file:
+        file.truncate(os.path.getsize("out.jsonl") - 1)
+    run(folder, *flags)
+    assert records() == before
+    with open("out.jsonl", "rb+") as file:
+        file.truncate(os.path.getsize("out.jsonl") - 1)
+    run(folder, *flags, "--seed", "7", code=2)
+    assert records() == before
+
+
+def test_a_link_to_the_answers_stays_one(folder):
+    write(LINES[:1])
+    os.mkdir("kept")
+    os.symlink("kept/real.jsonl", "out.jsonl")
+    with open("kept/real.jsonl", "w") as file:
+        file.write('{"index": 0, "pro')
+    run(folder, "--prompts", "prompts.jsonl", "--out", "out.jsonl")
+    assert os.path.islink("out.jsonl") and records("kept/real.jsonl") == records() and len(records()) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk here")
+def test_a_full_disk_is_one_sentence(folder, capsys):
+    write(LINES[:1])
+    run(folder, "--prompts", "prompts.jsonl", "--out", "/dev/full", code=2)
+    err = capsys.readouterr().err
+    assert "/dev/full could not be written: the disk is full" in err and "Traceback" not in err
 
 
 # Mistakes
@@ -209,7 +251,8 @@ WRONG = [
     ({"prompt": "a", "temprature": 1}, "no option 'temprature'. Did you mean 'temperature'?"),
     ({"prompt": "a", "temperature": "hot"}, "`temperature` must be a number, but is text"),
     ({"prompt": "a", "temperature": -1}, "`temperature` must be 0 or more"),
-    ({"prompt": "a", "temperature": float("nan")}, "`temperature` must be 0 or more"),
+    ({"prompt": "a", "temperature": float("nan")}, "not valid JSON: NaN is no number"),
+    ({"prompt": "a", "id": float("-inf")}, "not valid JSON: -Infinity is no number"),
     ({"prompt": "a", "seed": True}, "`seed` must be a whole number"),
     ({"prompt": "a", "seed": 1.5}, "`seed` must be a whole number, but is 1.5"),
     ({"prompt": "a", "stop": [1]}, "`stop` must be a text or a list of texts"),
@@ -218,6 +261,9 @@ WRONG = [
     ({"prompt": "llama " * 300}, "context is 256 tokens"),
     ({"messages": []}, "at least one message"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "nothing to answer"),
+    ({"messages": [{"role": "user"}]}, "Message 0 needs a text as its `content`, but has None"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "Message 0 needs a text as its `content`"),
+    ({"messages": [{"role": 1, "content": "a"}]}, "Message 0 needs a text as its `role`, but has 1"),
     ('{"prompt": "\\ud800"}', "characters that are no text"),
 ]
 
@@ -259,7 +305,8 @@ def test_a_line_that_was_mended_is_tried_again(folder):
         (["--prompts", "ok.txt", "--prompt", "Hi"], "a `prompt` and a file of `prompts`"),
         (["--out", "x.jsonl"], "`out` is where"),
         (["--prompts", "ok.txt", "--batch_size", "0"], "`batch_size` must be at least 1"),
-        (["--prompts", "ok.txt", "--out", "folder"], "folder"),
+        (["--prompts", "ok.txt", "--out", "folder"], "folder is a folder"),
+        (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1"),
         (["--min_p", "2"], "`min_p`"),
         (["--logprobs", "-1"], "`logprobs`"),
         (["--schema", "no.json"], "There is no file no.json"),
