@@ -269,7 +269,7 @@ class LLM(nn.Module):
 
     def _reply(self, prompt: Prompt, sys_prompt: str | None, options: Options) -> Reply:
         ids = prompt_ids(self.prompt_style, self.tokenizer, prompt, sys_prompt)
-        if self.fixed_kv_cache_size is not None and self.fixed_kv_cache_size <= len(ids) < self.config.block_size:
+        if self.fixed_kv_cache_size is not None and self.fixed_kv_cache_size <= len(ids):
             most = f"`fixed_kv_cache_size` leaves room for {self.fixed_kv_cache_size}, of which an answer needs at least one"
             raise UserError(f"The prompt has {len(ids)} tokens, but {most}. Call `.distribute()` with a larger one.")
         ends = stop_tokens(self.prompt_style, self.tokenizer)
@@ -509,7 +509,7 @@ def benchmark_dict_to_markdown_table(results: Mapping[str, Sequence[float]]) -> 
 
 def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int | None]:
     """Return the seed of each of n prompts."""
-    if seed is None or isinstance(seed, int):
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
         return [seed] * n
     if len(seed) != n:
         raise UserError(f"`seed` lists {len(seed)} seeds for {n} prompts. Give each prompt one, or all the same.")

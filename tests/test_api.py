@@ -116,7 +116,7 @@ def test_a_fixed_memory_is_kept_between_calls_and_gives_the_same_answers(llm):
     assert [expected[i].startswith("".join(pair[i] for pair in mixed)) for i in (0, 1)] == [True, True]
     assert llm.generate("Hello", temperature=0.0) == expected[0]
     assert cache.length == 128
-    with pytest.raises(UserError, match="128 tokens"):
+    with pytest.raises(UserError, match="`fixed_kv_cache_size` leaves room for 128"):
         llm.generate("llama " * 100)
     llm.distribute(fixed_kv_cache_size="max_model_supported")
     assert llm.fixed_kv_cache_size == 256
@@ -162,6 +162,7 @@ def test_what_cannot_be_loaded_is_one_sentence(folder, arguments, said):
         (dict(devices=2, accelerator="cpu"), "`devices` 2"),
         (dict(accelerator="gpuu"), "`accelerator`"),
         (dict(precision="fp8"), "`precision`.*'fp8'"),
+        (dict(precision=16), "`precision`.*got 16"),
         (dict(quantize="bnb.nf4"), "`quantize`"),
         (dict(generate_strategy="sequential"), "`generate_strategy`"),
         (dict(fixed_kv_cache_size=100_000), "`fixed_kv_cache_size`.*100000"),
@@ -207,6 +208,11 @@ def test_forward_returns_logits_and_the_loss_of_transformers(llm, theirs):
     torch.testing.assert_close(custom, logits[:, :-1].sum() + targets[:, 1:].sum())
 
 
+def test_a_loss_of_no_targets_is_zero(llm):
+    _, loss = llm(torch.tensor([[5, 6, 7]]), torch.full((1, 3), -100))
+    assert loss.item() == 0.0
+
+
 def test_the_state_is_the_models_own_also_inside_another_module(llm):
     assert llm.state_dict().keys() == llm.model.state_dict().keys()
     outer = torch.nn.ModuleDict({"llm": llm})
@@ -234,7 +240,7 @@ def test_trainer_setup_loads_fp32_weights_that_train(folder, llm, tmp_path):
     assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in again.state_dict().items())
     again.distribute()
     assert not again.model.training
-    for file, content in (("other.ckpt", {"state_dict": {"llm.x": torch.ones(1)}}), ("no.ckpt", [1])):
+    for file, content in (("other.ckpt", {"state_dict": {"llm.x": torch.ones(1)}}), ("no.ckpt", [1]), ("odd.ckpt", {"state_dict": {3: 4}})):
         torch.save(content, tmp_path / file)
         with pytest.raises(UserError, match=file):
             again.trainer_setup(tmp_path / file)

@@ -72,7 +72,7 @@ def test_a_memory_of_fixed_size_does_not_limit_how_many_prompts_there_are(llm, f
     fixed.distribute(precision="32-true", fixed_kv_cache_size=200)
     assert fixed.generate(PROMPTS, seed=SEEDS, **SAMPLED) == alone
     assert fixed.generate(PROMPTS[0], seed=SEEDS[0], **SAMPLED) == alone[0]
-    with pytest.raises(UserError, match="200 tokens"):
+    with pytest.raises(UserError, match="`fixed_kv_cache_size` leaves room for 200"):
         fixed.generate(["Hi", "llama " * 120])
 
 
@@ -170,6 +170,17 @@ def test_an_answer_with_a_schema_is_json_that_obeys_it_and_leaves_its_neighbours
         (dict(stop=["a", ""]), "`stop` has an empty text"),
         (dict(stop=["a", 1]), "`stop` is a text or a list of texts, but has 1"),
         (dict(prompt=[{"role": "user", "content": None}]), "Message 0 needs a text as its `content`, but has None"),
+        (dict(stop=3), "`stop` is a text or a list of texts, but is a number"),
+        (dict(prompt=None), "`prompt` is a text, .* but got null"),
+        (dict(prompt={"role": "user", "content": "a"}), "`prompt` is a text, .* but got a mapping"),
+        (dict(prompt=torch.tensor([1, 2])), "`prompt` is a text, .* type Tensor"),
+        (dict(sys_prompt=3), "`sys_prompt` must be text, but is a number"),
+        (dict(max_new_tokens=2.5), "`max_new_tokens` must be a whole number, but is 2.5"),
+        (dict(temperature="hot"), "`temperature` must be a number, but is text"),
+        (dict(top_p=None), "`top_p` must be a number, but is null"),
+        (dict(top_k=True), "`top_k` must be a whole number, but is True"),
+        (dict(seed=1.5), "`seed` must be a whole number, but is 1.5"),
+        (dict(logprobs=True), "`logprobs` must be a whole number, but is True"),
         (dict(seed=[1, 2]), "`seed` lists 2 seeds for 1 prompts"),
         (dict(batch_size=0), "`batch_size`.*0"),
         (dict(stream=True, logprobs=1), "`stream`.*`logprobs`"),
@@ -189,6 +200,8 @@ def test_a_benchmark_is_of_one_answer(llm):
     stop = llm.generate("Hello", max_new_tokens=9, seed=1, min_p=0.1)[4:6]
     text, results = llm.benchmark(prompt="Hello", max_new_tokens=9, seed=1, stop=stop, min_p=0.1)
     assert text == llm.generate("Hello", max_new_tokens=9, seed=1, stop=stop, min_p=0.1)
-    with pytest.raises(UserError, match="a message looks like"):
+    with pytest.raises(UserError, match="got a list of them"):
         llm.benchmark(prompt=["Hello", "Hi"])
+    made, _ = llm.benchmark(prompt="Hello", max_new_tokens=9, seed=1, return_details=True, batch_size=2)
+    assert made == llm.generate("Hello", max_new_tokens=9, seed=1, return_details=True)
     assert list(results) == ["Seconds total", "Seconds to first token", "Tokens generated", "Inference speed in tokens/sec"]

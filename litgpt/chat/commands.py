@@ -78,10 +78,12 @@ def _regenerate(chat: Chat, _: str) -> None:
 def _save(chat: Chat, name: str) -> None:
     if not name:
         raise UserError("Say where to, like /save chat.json.")
+    if not chat.conversation.messages:
+        raise UserError("Nothing was said yet that could be saved.")
     try:
         chat.conversation.save(Path(name).expanduser())
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # a home folder that is not known is a RuntimeError
-        raise UserError(f"{name} could not be written: {getattr(error, 'strerror', None) or error}.") from None
+        raise UserError(f"{name} could not be written: {str(getattr(error, 'strerror', None) or error).rstrip('.')}.") from None
     print(f"Saved {len(chat.conversation.messages)} messages to {name}.")
 
 
@@ -91,7 +93,7 @@ def _load(chat: Chat, name: str) -> None:
     try:
         file = Path(name).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{name} could not be read: {error}.") from None
+        raise UserError(f"{name} could not be read: {str(error).rstrip('.')}.") from None
     chat.conversation.load(file)
     print(f"The conversation goes on from the {len(chat.conversation.messages)} messages in {name}.")
 

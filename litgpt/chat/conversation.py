@@ -102,14 +102,17 @@ class Conversation:
         return Batch(self.speaker.model, new_cache(self.speaker.model, 1, length, rewind=CHUNK), CHUNK, keeps_prefixes=True)
 
     def _make_room(self, length: int) -> None:
-        """Take a larger memory if this one is too small. It is fed anew only if what this one knows does not lie in order."""
+        """Take a larger memory if this one is too small.
+
+        It is fed anew only where what this one knows does not lie in order, or was turned by angles that follow from its size.
+        """
         old = self.batch
         if self.is_broken:
             self.batch = old = Batch(old.model, old.cache, CHUNK, keeps_prefixes=True)
             self.is_broken = False
         if length > old.cache.length:
             self.batch = self._new_batch(min(max(length, 2 * old.cache.length), self.context))
-            if old.cache.rewinds_freely and self.batch.cache.rewinds_freely:
+            if old.cache.rewinds_freely and self.batch.cache.rewinds_freely and not old.model.rope.depends_on_length:
                 self.batch.cache.restore(0, old.cache.snapshot(0))
                 self.batch.kept = old.kept
 

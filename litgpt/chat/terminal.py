@@ -135,8 +135,12 @@ def _tell(conversation: Conversation) -> None:
         return
     seconds, n = turn.seconds, turn.n_tokens
     note(f"Time for inference: {seconds:.2f} sec total, {n / seconds:.2f} tokens/sec, {n} tokens")
+    if turn.answer.finish != "length":
+        return
     if n >= conversation.max_new_tokens:
         note(f"The answer was cut after {n} tokens; --max_new_tokens allows for longer ones.")
+    else:
+        note(f"The answer was cut after {n} tokens, where the model's context of {conversation.context} tokens is full.")
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def load_split(json_path: Path) -> list[Record]:
 
 
 def read_json_records(path: Path) -> tuple[list[str], list]:
-    """Return the records of a JSON file, a list and where each stands, for messages."""
+    """Return the records of a JSON file and where each stands, for messages."""
     text = _text(path)
     if not text.strip():
         return [], []
@@ -99,7 +99,7 @@ def read_json_records(path: Path) -> tuple[list[str], list]:
 
 
 def read_jsonl(path: Path) -> tuple[list[str], list]:
-    """Return the records of a file with one JSON record a line and where each stands, for messages."""
+    """Return the records of a file of JSON lines and where each stands, for messages."""
     places, records = [], []
     for number, line in enumerate(_text(path).split("\n"), start=1):  # not splitlines: JSON texts may hold U+2028
         if not line.strip():

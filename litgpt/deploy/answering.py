@@ -73,6 +73,11 @@ class TextStream:
         """Whether a stop string was found."""
         return self.matcher.stopped is not None
 
+    @property
+    def n_characters(self) -> int:
+        """How long the text is that was returned so far."""
+        return self._n_shown
+
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> Piece:
         """Take tokens and return what is certain now."""
         text = ""

@@ -57,7 +57,7 @@ PREDICT = "/predict"
 WEB = Path(__file__).with_name("web")
 POLICY = (  # for the page: everything comes from this server, and nothing is written into the page itself
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 WRONG: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": f"{HTTPStatus(status).phrase}."}

@@ -120,7 +120,8 @@ async def _whole(service: Service, body: CompletionRequest, plan: Plan, job: Job
     choices = []
     for index, (piece, finish) in enumerate(zip(pieces, finishes, strict=True)):
         echo = _echo(service, body, plan, index)
-        logprobs = _logprobs(service, body, [*echo, *_moved(piece.tokens, len(plan.echoed[index]))])
+        made = [*_moved(piece.tokens, len(plan.echoed[index])), *_ending(plan, index)]
+        logprobs = _logprobs(service, body, [*echo, *made])
         choices.append(CompletionChoice(index=index, text=plan.echoed[index] + piece.text, logprobs=logprobs, finish_reason=finish))
     return Response(Completion(**plan.head, choices=choices, usage=job.usage).json_bytes(), media_type="application/json")
 
@@ -141,7 +142,8 @@ async def _lines(service: Service, body: CompletionRequest, plan: Plan, job: Job
             if index not in begun and body.echo:
                 lines.append(chunk(index, plan.echoed[index], _echo(service, body, plan, index), None))
             begun.add(index)
-            lines.append(chunk(index, piece.text, _moved(piece.tokens, len(plan.echoed[index])), finish))
+            tokens = _moved(piece.tokens, len(plan.echoed[index])) + ([] if finish is None else _ending(plan, index))
+            lines.append(chunk(index, piece.text, tokens, finish))
         yield b"".join(lines)
     yield (event(Completion(**plan.head, choices=[], usage=job.usage)) if tells_usage else b"") + DONE
 
@@ -166,6 +168,15 @@ def _starts(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[int, int]]:
 
 def _moved(tokens: list[Scored], by: int) -> list[tuple[int, int, TokenLogprob | None]]:
     return [(start + by, token.token, token) for start, token in tokens]
+
+
+def _ending(plan: Plan, index: int) -> list[tuple[int, int, TokenLogprob | None]]:
+    """Return the token that ended a text, which has no text itself: whoever scores a prompt counts on one new token behind it."""
+    answer, stream = plan.answers[index]
+    if answer.finish != "stop" or stream.is_stopped:
+        return []
+    end = len(plan.echoed[index]) + stream.n_characters
+    return [(end, scored.token, scored) for scored in answer.logprobs[answer.n_shown :]]
 
 
 def _logprobs(service: Service, body: CompletionRequest, tokens: list[tuple[int, int, TokenLogprob | None]]) -> CompletionLogprobs | None:

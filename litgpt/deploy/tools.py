@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -200,8 +201,8 @@ class CallReader:
         """Return the calls that a text begins with, and where the last one ends."""
         form = self.form
         name = "" if form.is_object else f"(?P<name>[\\w.-]+){re.escape(form.middle.rstrip())}"
-        opening = re.compile(rf"\s*{re.escape(form.marker)}\s*{name}\s*(?=[\[{{])")
-        tail = re.compile(rf"\s*(?:{re.escape(form.tail)})?\s*[;,]?")
+        opening = re.compile(rf"\s*+{re.escape(form.marker)}\s*+{name}\s*+(?=[\[{{])")  # `*+`: else long white space takes minutes
+        tail = re.compile(rf"\s*+(?:{re.escape(form.tail)})?\s*+[;,]?")
         calls: list[Call] = []
         position = 0
         while match := opening.match(text, position):
@@ -241,4 +242,10 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse)
+def _finite(number: str) -> float:
+    if not isfinite(value := float(number)):  # as of 1e999, which could not be written again
+        _refuse(number)
+    return value
+
+
+DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse, parse_float=_finite)

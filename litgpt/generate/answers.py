@@ -18,7 +18,6 @@ from litgpt.generate.stopping import StopMatcher
 from litgpt.model import GPT
 from litgpt.tokenizer import StreamDecoder, Tokenizer
 
-
 WHOLE, ANY = (Integral, "a whole number"), (Real, "a number")
 NUMBERS = {  # what kind of number each option is
     "max_new_tokens": WHOLE,

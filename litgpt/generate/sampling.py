@@ -27,7 +27,7 @@ class Rules(Protocol):
     is_finished: bool  # whether nothing may follow
 
     def allowed(self) -> Tensor:
-        """Return which tokens may come next, (V,), on the CPU; at least one."""
+        """Return which tokens may come next, (V,), on the CPU: none if there is an `error`."""
 
     def accept(self, token: int) -> None:
         """Go on behind a token."""
@@ -105,6 +105,8 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Draw one token per row, (B, V) -> (B,), and count it; see `checked` for rows whose logits are no numbers."""
     usable = logits.amax(-1).isfinite()  # NaN and infinity come through
     logits = permitted(penalized(logits, rows), rows)
+    if any(row.grammar is not None for row in rows):
+        usable &= logits.amax(-1).isfinite()  # a grammar that has failed allows nothing
     drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
     if len(drawn) < len(rows):
         tokens = logits.max(-1).indices  # four times as fast in bf16 as `argmax`, and takes the first of equal ones too

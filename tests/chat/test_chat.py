@@ -170,11 +170,14 @@ def test_system_sets_the_system_prompt_from_then_on(chat, speaker):
 
 def test_save_writes_messages_that_finetuning_can_read(chat, speaker, tmp_path):
     file = tmp_path / "chat.json"
-    out, _ = chat(f"/system Be brief.\nHello\n/save {file}\n/save\n/save {tmp_path}/no/such/folder.json\n")
+    typed = f"/system Be brief.\nHello\n/save {file}\n/save\n/save {tmp_path}/no/such/folder.json\n/save ~no-such-user/x\n"
+    out, _ = chat(f"{typed}/clear\n/save {file}\n")
     [record] = json.loads(file.read_text(encoding="utf-8"))
     assert [message["role"] for message in record["messages"]] == ["system", "user", "assistant"]
     assert "Saved 2 messages" in out
     assert "could not be written: No such file" in out
+    assert "~no-such-user/x could not be written" in out and ".." not in out
+    assert "Nothing was said yet" in out
 
 
 def test_load_goes_on_from_what_was_saved(chat, speaker, tmp_path):
@@ -322,6 +325,8 @@ def test_the_memory_grows_with_the_conversation(speaker, monkeypatch):
 def test_a_cut_answer_says_so(chat):
     _, err = chat("Hello\n", "--max_new_tokens", "2")
     assert "--max_new_tokens allows for longer ones" in err
+    _, err = chat("Hello\n", "--max_new_tokens", "9999")
+    assert "where the model's context of 512 tokens is full" in err and "--max_new_tokens" not in err
 
 
 # Streams

@@ -39,9 +39,9 @@ def llama(tokenizer):
     return make_speaker("llama", *tokenizer)
 
 
-def make_speaker(family: str, folder: Path, vocab_size: int, context: int = 1024) -> Speaker:
+def make_speaker(family: str, folder: Path, vocab_size: int, context: int = 1024, **changes) -> Speaker:
     torch.manual_seed(3)
-    config: Config = tiny_config(family, vocab_size=vocab_size, padded_vocab_size=vocab_size, block_size=context)
+    config: Config = tiny_config(family, vocab_size=vocab_size, padded_vocab_size=vocab_size, block_size=context, **changes)
     model = GPT(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "conv" not in name:
@@ -165,6 +165,18 @@ def test_a_memory_that_grows_still_knows_what_it_knew(llama, monkeypatch):
             n_grown += 1
             assert chat.turn.answer.n_reused > 0
     assert n_grown >= 2
+
+
+def test_a_memory_that_grows_forgets_angles_that_followed_from_its_size(tokenizer, monkeypatch):
+    monkeypatch.setattr(talking, "FIRST_LENGTH", 64)
+    longrope = dict(short_factor=[1.0] * 4, long_factor=[9.0, 7.0, 5.0, 3.0], original_max_seq_len=64)
+    speaker = make_speaker("llama", *tokenizer, rope_adjustments=longrope)
+    chat = talk(speaker)
+    for prompt in PROMPTS * 2:
+        messages = [*chat.messages, {"role": "user", "content": prompt}]
+        "".join(chat.answer(prompt))
+        assert chat.turn.answer.made == fresh_tokens(speaker, messages)
+    assert chat.batch.cache.length > 64 and chat.turn.answer.n_reused > 0
 
 
 def test_an_answer_is_made_again_from_what_is_remembered(llama):

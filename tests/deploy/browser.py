@@ -17,7 +17,6 @@ from litgpt.deploy.app import POLICY, WEB
 CHROMIUM = Path("/usr/bin/chromium")
 OPTIONS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
-STRICT = POLICY + "; require-trusted-types-for 'script'; trusted-types 'none'"  # no text of a script may even become markup
 
 
 @contextmanager
@@ -72,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.whole(200, "application/json", json.dumps({"data": [{"id": model} for model in self.server.models]}))
         if not (WEB / name).is_file():
             return self.refuse(Reply(status=404, message="Nothing is here."))
-        return self.whole(200, TYPES[Path(name).suffix], (WEB / name).read_text(), {"Content-Security-Policy": STRICT})
+        return self.whole(200, TYPES[Path(name).suffix], (WEB / name).read_text(), {"Content-Security-Policy": POLICY})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -255,7 +255,7 @@ WRONG = [
     ({"prompt": "a", "id": float("-inf")}, "not valid JSON: -Infinity is no number"),
     ({"prompt": "a", "seed": True}, "`seed` must be a whole number"),
     ({"prompt": "a", "seed": 1.5}, "`seed` must be a whole number, but is 1.5"),
-    ({"prompt": "a", "stop": [1]}, "`stop` must be a text or a list of texts"),
+    ({"prompt": "a", "stop": [1]}, "`stop` is a text or a list of texts, but has 1"),
     ({"prompt": "a", "max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
     ({"prompt": "a", "schema": {"type": "llama"}}, "schema"),
     ({"prompt": "llama " * 300}, "context is 256 tokens"),

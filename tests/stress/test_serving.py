@@ -19,6 +19,7 @@ SEED = int(os.environ.get("STRESS_SEED", 0))
 N_ENDS = int(os.environ.get("STRESS_ENDS", 20))
 N_REQUESTS = int(os.environ.get("STRESS_REQUESTS", 5000))
 N_CANCELS = int(os.environ.get("STRESS_CANCELS", 2000))
+MOST_THREADS = 2 + min(32, (os.cpu_count() or 1) + 4)  # the event loop's, the engine's, and asyncio's workers
 N_FUZZED = int(os.environ.get("STRESS_FUZZED", 10_000))
 
 
@@ -83,7 +84,7 @@ def _end(client: Reader) -> str:
 
 def ask_something(server: Server, draw: random.Random) -> int:
     """Send one request of any kind and return its status."""
-    prompt = "Once upon " * draw.randint(1, 20) + str(draw.random())
+    prompt = "Once upon " * draw.randint(1, 20) + str(draw.randrange(100))  # few words: the tokenizer remembers up to 10,000
     talk = [{"role": "user", "content": prompt}]
     kind, n = draw.randrange(10), draw.randint(1, 8)
     schema = {"name": "x", "schema": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}}
@@ -120,7 +121,7 @@ def test_memory_threads_and_handles_stay_flat(model, tmp_path):
         assert set(statuses) == {200, 400}
         warm, last = history[2], history[-1]  # the allocator's and the interpreter's pools fill at first
         assert last.megabytes - warm.megabytes < 0.05 * warm.megabytes
-        assert last.threads <= warm.threads and last.handles <= warm.handles + 1 and last.children == 0
+        assert last.threads <= MOST_THREADS and last.handles <= warm.handles + 1 and last.children == 0
 
 
 def test_requests_broken_off_at_random_leave_nothing_allocated(model, tmp_path):
@@ -138,7 +139,7 @@ def test_requests_broken_off_at_random_leave_nothing_allocated(model, tmp_path):
         after = used(server)
         print(before, after, f"cancelled: {server.measure('litgpt_engine_finished_cancelled_total'):.0f}", sep="\n")
         assert server.measure("litgpt_running") == server.measure("litgpt_waiting") == 0
-        assert after.threads <= before.threads + 40 and after.handles <= before.handles + 1  # worker threads are kept, and bounded
+        assert after.threads <= MOST_THREADS and after.handles <= before.handles + 1
         assert first_token(server) < 1
 
 
