@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+CHUNK = 2048  # the most prompt tokens that one call of a model should see: more would only cost memory
+
 
 def upload(values: list, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Return the numbers as a tensor on the device, without waiting for it."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+from litgpt.cache import CHUNK
 from litgpt.data.base import messages_of
 from litgpt.errors import UserError
 from litgpt.files import read_text
 from litgpt.generate.batch import Answer, Batch
 from litgpt.generate.decode import stream_text
-from litgpt.generate.memory import CHUNK, new_cache, room
+from litgpt.generate.memory import new_cache, room
 from litgpt.generate.run import Speaker, note
 from litgpt.generate.sampling import NO_NUMBERS, RowState
 
@@ -99,7 +100,8 @@ class Conversation:
         return ids, n_new, messages
 
     def _new_batch(self, length: int) -> Batch:
-        return Batch(self.speaker.model, new_cache(self.speaker.model, 1, length, rewind=CHUNK), CHUNK, keeps_prefixes=True)
+        cache = new_cache(self.speaker.model, 1, length, rewind=CHUNK, chunk=CHUNK)
+        return Batch(self.speaker.model, cache, CHUNK, keeps_prefixes=True)
 
     def _make_room(self, length: int) -> None:
         """Take a larger memory if this one is too small.

@@ -22,9 +22,10 @@ T = TypeVar("T")
 
 BEHIND = 16  # tokens of a prompt that the first word is decoded behind
 RETRY = 0.05  # seconds until a request that is under way asks the full queue again
+LONG = 2**16  # bytes of a request that takes long to be read
 GONE = 499  # what the log says where nobody waits for the answer
 ENDS = {  # why an answer ended that is not whole
-    "timeout": (504, "The time for this request is over. Ask for fewer tokens, or start the server with a longer `--timeout`.", "timeout"),
+    "timeout": (504, "The answer did not begin in time. Try again later, or start the server with a longer `--timeout`.", "timeout"),
     "cancelled": (503, "The server is about to end.", "stopping"),
     "error": (503, "The engine broke. Start the server again.", "engine_failed"),
     "no numbers": (500, "The model computes no numbers here: its weights are damaged, or too coarse.", "no_numbers"),
@@ -200,6 +201,7 @@ class Job:
         except EngineFailed as error:
             raise ApiError(503, str(error), code="engine_failed") from None
         except UserError as error:
+            self.service.adapter(self.adapter)  # was it unloaded meanwhile?
             raise ApiError(400, str(error)) from None
         self._tickets[index] = ticket
         self._waiting.popleft()
@@ -299,9 +301,9 @@ class Job:
         )
 
 
-def joined(first: Piece, second: Piece) -> Piece:
-    """Return two pieces as one."""
-    return Piece(first.text + second.text, first.tokens + second.tokens)
+def joined(*pieces: Piece) -> Piece:
+    """Return pieces that follow each other as one."""
+    return Piece("".join(piece.text for piece in pieces), [scored for piece in pieces for scored in piece.tokens])
 
 
 async def in_thread(function: Callable[..., T], *args: object) -> T:
@@ -314,6 +316,18 @@ async def in_thread(function: Callable[..., T], *args: object) -> T:
         return await asyncio.to_thread(function, *args)
     except UserError as error:
         raise ApiError(400, str(error)) from None
+
+
+async def prepared(service: Service, request: Request, function: Callable[..., T], *args: object, is_slow: bool = False) -> T:
+    """Return what a function makes of a request, in a thread; where it takes long, only when no other request does.
+
+    Raises:
+        ApiError: The function raised it, or a `UserError`, or too many others wait.
+    """
+    if not is_slow and len(await request.body()) <= LONG:
+        return await in_thread(function, *args)
+    async with service.turn():
+        return await in_thread(function, *args)
 
 
 async def unless_gone(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:

@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-from litgpt.deploy.answering import in_thread
+from litgpt.deploy.answering import in_thread, prepared
 from litgpt.deploy.chat import answer_chat, as_given
 from litgpt.deploy.completions import answer_completion, answer_prediction
 from litgpt.deploy.embeddings import answer_embedding
@@ -63,7 +63,7 @@ WRONG: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": f"{HTTPStatus(status).phrase}."}
     for status in (400, 401, 403, 404, 405, 408, 409, 411, 413, 415, 421, 429, 431, 503, 504)
 }
-STREAMED = {"text/event-stream": {"schema": {"type": "string"}}}
+STREAMED: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # of each event
 KIND = re.compile(r"str|[\w-]+\[.*\]|[A-Z]\w+")  # a form that a value may have, which pydantic writes among the names of fields
 MISSPELLED = {"extra_forbidden": "is not a field that is supported here", "missing": "is missing"}
 
@@ -191,13 +191,14 @@ async def load_adapter(body: AdapterRequest, request: Request) -> Response:
     service, name = service_of(request), body.name
     if service.adapters is None or service.adapter_dir is None:
         raise ApiError(400, "This server loads no adapters. Start it with `--adapter_dir`.", code="not_supported")
-    if name in (service.name, *service.adapter_names):
-        raise ApiError(409, f"There is a model {name!r} already. Unload it first.", "name", "model_exists")
     folder = service.adapter_dir / name
     if not await in_thread(folder.is_dir):
         raise ApiError(404, f"There is no folder {name!r} in the server's folder of adapters.", "name", "model_not_found")
-    pairs = await _for_adapters(service, asyncio.to_thread(service.adapters.read, folder))  # the model computes meanwhile
-    await _in_engine(service, lambda: service.adapters.install(name, pairs))
+    async with service.turn():
+        if name in (service.name, *service.adapter_names):
+            raise ApiError(409, f"There is a model {name!r} already. Unload it first.", "name", "model_exists")
+        pairs = await _for_adapters(service, asyncio.to_thread(service.adapters.read, folder))  # the model computes meanwhile
+        await _in_engine(service, lambda: service.adapters.install(name, pairs))
     service.note_loaded(name)
     return answered(model_card(service, name))
 
@@ -211,6 +212,7 @@ async def unload_adapter(name: str, request: Request) -> Response:
     try:
         await _in_engine(service, lambda: service.engine.unload(name))
     except ApiError as error:
+        service.adapter(name)  # did another request unload it?
         raise ApiError(409 if error.status == 400 else error.status, error.message, "name", "model_in_use") from None
     return answered(DeletedModel(id=name, object="model", deleted=True))
 
@@ -248,7 +250,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     service.adapter(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Give one of `prompt` and `messages`.", "prompt")
-    ids = await in_thread(_ids, service, body)
+    ids = await prepared(service, request, _ids, service, body)
     return answered(Tokenized(tokens=ids, count=len(ids), max_model_len=service.engine.max_length))
 
 
@@ -264,9 +266,12 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Return the text of ids; special tokens are left out."""
     service = service_of(request)
     service.adapter(body.model)
-    if body.tokens:
-        await in_thread(check_ids, body.tokens, service.vocab_size)
-    return answered(Detokenized(prompt=await in_thread(service.speaker.tokenizer.decode, body.tokens)))
+    return answered(Detokenized(prompt=await prepared(service, request, _text_of, service, body.tokens)))
+
+
+def _text_of(service: Service, ids: list[int]) -> str:
+    check_ids(ids or [0], service.vocab_size)
+    return service.speaker.tokenizer.decode(ids)
 
 
 # How the server is

@@ -10,7 +10,7 @@ from uuid import uuid4
 from starlette.requests import Request
 from starlette.responses import Response
 
-from litgpt.deploy.answering import Job, Part, Piece, Stream, TextStream, in_thread, joined, unless_gone
+from litgpt.deploy.answering import Job, Part, Piece, Stream, TextStream, in_thread, joined, prepared, unless_gone
 from litgpt.deploy.protocol import (
     Answered,
     AnyMessage,
@@ -32,6 +32,7 @@ from litgpt.deploy.protocol import (
     SchemaFormat,
     ToolCall,
     ToolMessage,
+    Usage,
 )
 from litgpt.deploy.service import ApiError, Service
 from litgpt.deploy.spelling import content_logprob
@@ -60,7 +61,8 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
     Raises:
         ApiError: The request cannot be served.
     """
-    plan = await in_thread(make_plan, service, body)
+    has_grammar = isinstance(body.response_format, ObjectFormat | SchemaFormat) or body.tool_choice not in (None, "none", "auto")
+    plan = await prepared(service, request, make_plan, service, body, is_slow=has_grammar)
     job = Job(service, plan.answers, plan.adapter, request.scope)
     job.submit()
     if body.stream:
@@ -92,6 +94,7 @@ def make_plan(service: Service, body: ChatRequest) -> Plan:
         style = with_tools(style, functions)
         form = call_format(style)
         lark = _forced(service, body, form, functions)
+    service.check_sizes((_text(message.content) for message in body.messages), "messages")
     ids = encode_prompt(style, tokenizer, as_given(body.messages))
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     n_new, shown = service.n_new(len(ids), wanted, "messages"), {} if form is None else special_tokens(tokenizer, form)
@@ -205,24 +208,29 @@ def _read(plan: Plan, part: Part) -> tuple[Piece, list[Call], str | None]:
 
 async def _whole(service: Service, body: ChatRequest, plan: Plan, job: Job) -> Response:
     """Return all answers at once."""
-    n = len(plan.answers)
-    pieces, called, finishes = [Piece("", [])] * n, [[] for _ in range(n)], [""] * n
+    answers: list[list[tuple[Piece, list[Call], str | None]]] = [[] for _ in plan.answers]
     with job:
         async for parts in job.parts():
             for part in parts:
-                piece, calls, finish = _read(plan, part)
-                pieces[part.index] = joined(pieces[part.index], piece)
-                called[part.index] += calls
-                finishes[part.index] = finish or ""
+                answers[part.index].append(_read(plan, part))
+    return await in_thread(_completion, service, body, plan, answers, job.usage)
+
+
+def _completion(
+    service: Service, body: ChatRequest, plan: Plan, answers: list[list[tuple[Piece, list[Call], str | None]]], usage: Usage
+) -> Response:
+    """Return all answers; what is told of each token makes that take long."""
     choices = []
-    for index, (piece, calls, finish) in enumerate(zip(pieces, called, finishes, strict=True)):
+    for index, parts in enumerate(answers):
+        pieces, called, finishes = zip(*parts, strict=True)
+        piece, calls, finish = joined(*pieces), [call for calls in called for call in calls], finishes[-1]
         message = ChatMessage(role="assistant", content=piece.text or (None if calls else ""), refusal=None)
         if calls:
             message.tool_calls = [_tool_call(call) for call in calls]
         logprobs = _logprobs(service, body, piece)
         choices.append(ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish))
     head = dict(id=plan.id, object="chat.completion", created=plan.created, model=plan.model)
-    return Response(ChatCompletion(**head, choices=choices, usage=job.usage).json_bytes(), media_type="application/json")
+    return Response(ChatCompletion(**head, choices=choices, usage=usage).json_bytes(), media_type="application/json")
 
 
 async def _lines(service: Service, body: ChatRequest, plan: Plan, job: Job) -> AsyncIterator[bytes]:

@@ -10,7 +10,7 @@ from uuid import uuid4
 from starlette.requests import Request
 from starlette.responses import Response
 
-from litgpt.deploy.answering import Job, Piece, Scored, Stream, TextStream, in_thread, joined, unless_gone
+from litgpt.deploy.answering import Job, Part, Scored, Stream, TextStream, in_thread, joined, prepared, unless_gone
 from litgpt.deploy.chat import DONE, check_stream_options, event
 from litgpt.deploy.protocol import (
     Completion,
@@ -19,10 +19,12 @@ from litgpt.deploy.protocol import (
     CompletionRequest,
     Prediction,
     PredictRequest,
+    Usage,
 )
 from litgpt.deploy.service import ApiError, Service
 from litgpt.deploy.spelling import spelling, top_logprobs
-from litgpt.generate.batch import Answer, TokenLogprob
+from litgpt.errors import UserError
+from litgpt.generate.batch import Answer, TokenLogprob, check_ids
 from litgpt.tokenizer import Tokenizer
 
 MAX_TOKENS = 16  # of an answer where nothing is said, as at OpenAI
@@ -51,7 +53,7 @@ async def answer_completion(service: Service, body: CompletionRequest, request: 
     Raises:
         ApiError: The request cannot be served.
     """
-    plan = await in_thread(make_plan, service, body)
+    plan = await prepared(service, request, make_plan, service, body)
     job = Job(service, plan.answers, plan.adapter, request.scope)
     job.submit()
     if body.stream:
@@ -71,7 +73,11 @@ def make_plan(service: Service, body: CompletionRequest) -> Plan:
     tokenizer, stops = service.speaker.tokenizer, service.stops(body.stop)
     plan = Plan([], [], adapter, body.model or service.name)
     wanted = MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    for ids, text in read_prompts(service, body.prompt, "prompt"):
+    read = read_prompts(service, body.prompt, "prompt")
+    n_scored = sum(len(ids) for ids, _ in read) * n * (1 + body.logprobs) if body.echo and body.logprobs is not None else 0
+    if n_scored > service.limits.max_scored:
+        raise ApiError(400, f"At most {service.limits.max_scored} probabilities may be asked for, but these are {n_scored}.", "logprobs")
+    for ids, text in read:
         n_new = service.n_new(len(ids), wanted, "prompt")
         for choice in range(n):
             row = service.row(body, choice)
@@ -98,32 +104,43 @@ def read_prompts(service: Service, prompt: str | list[str] | list[int] | list[li
     """Return the ids of each text, and the text if it is given as one.
 
     Raises:
-        ApiError: There are none or too many.
+        ApiError: There are none or too many, one is too long, or has an id that is no token.
     """
     texts: list[Any] = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
     most = service.limits.max_prompts
     if not 1 <= len(texts) <= most:
         raise ApiError(400, f"`{param}` must be 1 to {most} texts, but got {len(texts)}.", param)
     encode = service.speaker.tokenizer.encode
-    return [(encode(text).tolist(), text) if isinstance(text, str) else (text, None) for text in texts]
+    service.check_sizes((text for text in texts if isinstance(text, str)), param)
+    read = [(encode(text).tolist(), text) if isinstance(text, str) else (text, None) for text in texts]
+    try:
+        for ids, _ in read:
+            check_ids(ids or [0], service.vocab_size)
+    except UserError as error:
+        raise ApiError(400, str(error), param) from None
+    return read
 
 
 async def _whole(service: Service, body: CompletionRequest, plan: Plan, job: Job) -> Response:
     """Return all texts at once."""
-    n = len(plan.answers)
-    pieces, finishes = [Piece("", [])] * n, [""] * n
+    answers: list[list[Part]] = [[] for _ in plan.answers]
     with job:
         async for parts in job.parts():
             for part in parts:
-                pieces[part.index] = joined(pieces[part.index], part.piece)
-                finishes[part.index] = part.finish or ""
+                answers[part.index].append(part)
+    return await in_thread(_completion, service, body, plan, answers, job.usage)
+
+
+def _completion(service: Service, body: CompletionRequest, plan: Plan, answers: list[list[Part]], usage: Usage) -> Response:
+    """Return all texts; what is told of each token makes that take long."""
     choices = []
-    for index, (piece, finish) in enumerate(zip(pieces, finishes, strict=True)):
+    for index, parts in enumerate(answers):
+        piece, finish = joined(*[part.piece for part in parts]), parts[-1].finish
         echo = _echo(service, body, plan, index)
         made = [*_moved(piece.tokens, len(plan.echoed[index])), *_ending(plan, index)]
         logprobs = _logprobs(service, body, [*echo, *made])
         choices.append(CompletionChoice(index=index, text=plan.echoed[index] + piece.text, logprobs=logprobs, finish_reason=finish))
-    return Response(Completion(**plan.head, choices=choices, usage=job.usage).json_bytes(), media_type="application/json")
+    return Response(Completion(**plan.head, choices=choices, usage=usage).json_bytes(), media_type="application/json")
 
 
 async def _lines(service: Service, body: CompletionRequest, plan: Plan, job: Job) -> AsyncIterator[bytes]:
@@ -201,7 +218,7 @@ async def answer_prediction(service: Service, body: PredictRequest, request: Req
     Raises:
         ApiError: The request cannot be served.
     """
-    job = Job(service, [await in_thread(_plan_prediction, service, body)], None, request.scope)
+    job = Job(service, [await prepared(service, request, _plan_prediction, service, body)], None, request.scope)
     job.submit()
     if service.stream:
         return Stream(job, _json_lines(job), "application/x-ndjson", _json_line)
@@ -209,6 +226,7 @@ async def answer_prediction(service: Service, body: PredictRequest, request: Req
 
 
 def _plan_prediction(service: Service, body: PredictRequest) -> tuple[Answer, TextStream]:
+    service.check_sizes([body.prompt], "prompt")
     ids = service.speaker.encode(body.prompt)
     wanted = service.defaults.max_new_tokens if body.max_new_tokens is None else body.max_new_tokens
     answer = Answer(ids, service.row(body), service.n_new(len(ids), wanted, "prompt"), service.stop_tokens)

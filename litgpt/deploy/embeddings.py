@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from litgpt.deploy.answering import ENDS, in_thread, unless_gone
+from litgpt.deploy.answering import ENDS, prepared, unless_gone
 from litgpt.deploy.completions import read_prompts
 from litgpt.deploy.engine import EngineFailed, EngineStopping
 from litgpt.deploy.protocol import Embedding, EmbeddingRequest, Embeddings, Usage
 from litgpt.deploy.service import ApiError, Service
 from litgpt.errors import UserError
-from litgpt.generate.batch import check_ids
 from litgpt.generate.reading import embeddings
 
 PACKED = 512  # tokens that are computed at a time: answers that are being made wait meanwhile
@@ -27,7 +26,7 @@ async def answer_embedding(service: Service, body: EmbeddingRequest, request: Re
         ApiError: The request cannot be served.
     """
     adapter = service.adapter(body.model)
-    sequences = await in_thread(_read, service, body)
+    sequences = await prepared(service, request, _read, service, body)
     if service.n_embedding >= max(service.engine.max_queue, 1):
         raise ApiError(429, "Too many texts wait for their vectors. Try again in a second.", code="queue_full", retry_after=1)
     service.n_embedding += 1
@@ -44,7 +43,6 @@ def _read(service: Service, body: EmbeddingRequest) -> list[list[int]]:
         if not 1 <= len(ids) <= service.engine.max_length:
             message = f"A text must have 1 to {service.engine.max_length} tokens, but one has {len(ids)}."
             raise ApiError(400, message, "input", "context_length_exceeded" if ids else None)
-        check_ids(ids, service.vocab_size)
     return sequences
 
 
@@ -61,6 +59,7 @@ async def _answer(service: Service, body: EmbeddingRequest, sequences: list[list
     except (EngineStopping, EngineFailed) as error:
         raise ApiError(503, str(error), code="stopping" if isinstance(error, EngineStopping) else "engine_failed") from None
     except UserError as error:
+        service.adapter(adapter)  # was it unloaded meanwhile?
         raise ApiError(400, str(error)) from None
     service.measures.prompt_tokens.inc(n_tokens := sum(map(len, sequences)))
     data = [

@@ -134,7 +134,7 @@ class Engine:
         Args:
             answer: What to answer; what its `max_new_tokens` asks beyond `max_length` is cut.
             listener: Called in the engine's thread with all that is new; the last call has `finish` set. It must be quick.
-            timeout: Seconds from now after which the answer ends unfinished.
+            timeout: Seconds from now within which the answer must have begun; then it may take its time.
             adapter: Which LoRA updates to use.
 
         Raises:
@@ -244,7 +244,8 @@ class Engine:
 
     def _let_go(self) -> None:
         now = monotonic()
-        due = [ticket for ticket in (*self._waiting, *self._running.values()) if ticket.ended or ticket.deadline <= now]
+        late = lambda ticket: ticket.deadline <= now and not ticket.answer.made  # noqa: E731
+        due = [ticket for ticket in (*self._waiting, *self._running.values()) if ticket.ended or late(ticket)]
         for ticket in due:
             if ticket.answer in self._running:
                 del self._running[ticket.answer]

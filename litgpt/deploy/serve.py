@@ -96,7 +96,7 @@ def run_server(
         openai_spec: All routes are always there. With this, another `api_path` is one more path of /v1/chat/completions.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
         api_path: The path of LitGPT's own route.
-        timeout: Seconds until a request must be answered; what is not finished then ends with an error. 0 or less waits for ever.
+        timeout: Seconds until an answer must have begun; a request that still waits then ends with an error. 0 or less waits for ever.
         generate_strategy: Not supported yet.
         host: The address to listen on. Any but this machine's own needs a key. 0.0.0.0 listens on all.
         api_key: What requests must name, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`. Other users of this machine may see it in the
@@ -120,11 +120,12 @@ def run_server(
     check_defaults(defaults)
     wait, grace_time = seconds(timeout, "timeout"), seconds(grace, "grace")
     limits = replace(Limits(), timeout=wait if 0 < wait < math.inf else None)
-    device, key = find_device(accelerator), find_key(api_key, api_key_file)
+    find_device(accelerator)  # is refused before the port is taken
+    key = find_key(api_key, api_key_file)
     check_paths(api_path, openai_spec, adapter_dir)
     with listening(host, port, key is not None) as listener:
-        speaker = load(checkpoint_dir, quantize=quantize, precision=precision, access_token=access_token, adapter=adapter)
-        speaker.model.to(device)
+        how = dict(quantize=quantize, precision=precision, accelerator=accelerator)
+        speaker = load(checkpoint_dir, **how, access_token=access_token, adapter=adapter)
         name = model_name or speaker.folder.resolve().name
         choices = load_adapters(speaker.model, speaker.folder, adapters or {}, name) if adapters or adapter_dir else None
         engine = Engine(speaker.model, max_rows=max_rows, max_length=max_length, max_queue=max_queue, adapters=choices)

@@ -1,8 +1,11 @@
 """What the server offers: one model with its adapters, how it samples by default, and its limits."""
 
-import threading
+import asyncio
 import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from litgpt.generate.run import Speaker
 from litgpt.generate.sampling import RowState
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # OpenAI's words for errors, by status
-COMPILING = 5.0  # seconds that a schema waits for others
+TURN = 10.0  # seconds that what takes long waits for others
 
 
 class ApiError(Exception):
@@ -56,7 +59,8 @@ class Limits:
         max_stop_length: Characters of a stop string.
         max_tools: Functions.
         max_schema: Characters of a JSON schema.
-        timeout: Seconds until all must be answered; None for no end.
+        max_scored: Probabilities of the tokens of prompts, those of the likeliest tokens beside them included.
+        timeout: Seconds until an answer must have begun; None for no end.
     """
 
     max_body: int = 4 * 2**20
@@ -67,6 +71,7 @@ class Limits:
     max_stop_length: int = 256
     max_tools: int = 128
     max_schema: int = 2**16
+    max_scored: int = 2**22
     timeout: float | None = 30.0
 
 
@@ -116,7 +121,7 @@ class Service:
     def __post_init__(self) -> None:
         self.measures = Measures(self.engine)
         self.stop_tokens = self.speaker.stop_tokens
-        self._compiling = threading.Lock()  # one at a time: a schema made for it keeps a processor busy for long
+        self._turn = asyncio.Semaphore(1)
         self.loaded = {name: self.started for name in self.adapter_names}  # when
 
     @property
@@ -174,21 +179,51 @@ class Service:
             grammar=grammar,
         )
 
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Let one request at a time do what takes seconds or much memory before its answer begins: the others need threads too.
+
+        Raises:
+            ApiError: Too many others wait.
+        """
+        try:
+            async with asyncio.timeout(TURN):
+                await self._turn.acquire()
+        except TimeoutError:
+            message = "Too many long texts, schemas or adapters are being read. Try again in a few seconds."
+            raise ApiError(429, message, code="queue_full", retry_after=TURN) from None
+        try:
+            yield
+        finally:
+            self._turn.release()
+
     def grammar(self, schema: dict[str, Any] | None, lark: str | None) -> Grammar | None:
         """Return what an answer keeps to: a JSON schema, a grammar in Lark, or nothing.
 
         Raises:
-            ApiError: Too many others are being read.
             UserError: It cannot be used.
         """
         if schema is None and lark is None:
             return None
-        if not self._compiling.acquire(timeout=COMPILING):
-            raise ApiError(429, "Too many schemas are being read. Try again in a few seconds.", code="queue_full", retry_after=COMPILING)
-        try:
-            return compile_grammar(self.speaker.tokenizer, self.vocab_size, schema=schema, lark=lark, stop=self.stop_tokens)
-        finally:
-            self._compiling.release()
+        return compile_grammar(self.speaker.tokenizer, self.vocab_size, schema=schema, lark=lark, stop=self.stop_tokens)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """How many characters the longest token has."""
+        tokenizer = self.speaker.tokenizer
+        return max(len(tokenizer.text(token) or "") for token in range(self.vocab_size))
+
+    def check_sizes(self, texts: Iterable[str], param: str) -> None:
+        """Refuse texts that cannot fit, whatever their tokens are: to find these would take long.
+
+        Raises:
+            ApiError: One is too long.
+        """
+        for text in texts:
+            most = self.engine.max_length
+            if len(text) > most and len(text) > most * self.longest_token:
+                message = f"A text of {len(text)} characters is longer than any {most} tokens, and no more fit. Shorten it."
+                raise ApiError(400, message, param, "context_length_exceeded")
 
     def stops(self, stop: str | list[str] | None) -> list[str]:
         """Return the stop strings of a request.

@@ -7,12 +7,12 @@ from numbers import Integral, Real
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from litgpt.cache import Cache
+from litgpt.cache import CHUNK, Cache
 from litgpt.errors import UserError
 from litgpt.files import kind_of
 from litgpt.generate.batch import Answer, Batch, TokenLogprob
 from litgpt.generate.grammar import Grammar, compile_grammar
-from litgpt.generate.memory import CHUNK, new_cache, room
+from litgpt.generate.memory import new_cache, room
 from litgpt.generate.sampling import RowState
 from litgpt.generate.stopping import StopMatcher
 from litgpt.model import GPT

@@ -100,10 +100,3 @@ def stream_text(
     text = "".join(matcher.push(decoder.flush()) + matcher.flush())
     if text:
         yield text
-
-
-def recorded(steps: Iterable[list[int]], made: list[int]) -> Iterator[list[int]]:
-    """Pass on the tokens of each step, and append them to `made`."""
-    for new in steps:
-        made += new
-        yield new

@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from litgpt.cache import Cache
+from litgpt.cache import CHUNK, Cache
 from litgpt.errors import UserError
 from litgpt.hardware import GB, device_memory_gb
 from litgpt.model import GPT
 
-CHUNK = 2048  # the most prompt tokens that one call of the model sees: more would only cost memory
 BUCKET = 256  # compiled attention reads a multiple of so many tokens, so that there are few graphs
 FEWER = "Lower `max_new_tokens` or `batch_size`, or a fixed size of the memory if you set one."
 

@@ -9,7 +9,7 @@ from litgpt.checkpoint import described_by, find_adapter, load_model
 from litgpt.errors import UserError
 from litgpt.files import kind_of
 from litgpt.generate.memory import compile_blocks
-from litgpt.hardware import find_device, products_dtype
+from litgpt.hardware import compute_dtype, find_device, products_dtype
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style, with_own_style
 from litgpt.scripts.download import find_checkpoint
@@ -43,8 +43,9 @@ def load(
     compile: bool = False,
     access_token: str | None = None,
     adapter: Path | None = None,
+    accelerator: str = "auto",
 ) -> Speaker:
-    """Return a checkpoint made ready to answer on this machine's device.
+    """Return a checkpoint made ready to answer on a device of this machine.
 
     Args:
         checkpoint_dir: A folder, or a name, see DESIGN "Checkpoint arguments".
@@ -53,12 +54,14 @@ def load(
         compile: Whether to compile the model's blocks.
         access_token: For a model that has to be downloaded.
         adapter: A folder of LoRA updates to add to the model's weights.
+        accelerator: Which device, see `hardware.find_device`.
     """
     check_quantize(quantize)
-    dtype, updates = products_dtype(precision), find_adapter(adapter)
+    dtype = compute_dtype(accelerator) if precision is None else products_dtype(precision)
+    device, updates = find_device(accelerator), find_adapter(adapter)
     folder = find_checkpoint(checkpoint_dir, access_token=access_token)
     tokenizer = Tokenizer(described_by(folder))
-    model = load_model(folder, dtype=dtype, device=find_device(), adapter=updates)
+    model = load_model(folder, dtype=dtype, device=device, adapter=updates)
     if compile:
         compile_blocks(model)
     style = find_prompt_style(with_own_style(updates, folder), tokenizer, config=model.config)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from litgpt import names
-from litgpt.cache import State
+from litgpt.cache import CHUNK, State
 from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean
 from litgpt.experts import Experts
@@ -26,7 +26,7 @@ from litgpt.hardware import find_device
 from litgpt.lora import LoRA, add_lora
 from litgpt.model import GPT
 
-CHUNK = 2048  # the most prompt tokens that one call of a model sees, so a sliding window's memory holds as many beside the window
+MOST_ROWS = 1024  # with more the estimate itself takes minutes
 MOST_TOKENS = 2048  # of a training sample, where nobody says how long they are
 
 
@@ -85,8 +85,8 @@ def estimate_model_memory(
     config = Config.from_name(config) if isinstance(config, str) else config
     wanted = checked_dtype(dtype)
     context = checked_context(context, config, training)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"`batch_size` is how many rows are computed at once and at least 1, but got {batch_size!r}.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= MOST_ROWS:
+        raise UserError(f"`batch_size` is how many rows are computed at once, from 1 to {MOST_ROWS:,}, but got {batch_size!r}.")
     with without_numbers():
         model = cast(GPT(config), wanted)
         sizes = dict(n_parameters=_count(model), n_active=_count(model) - _n_idle(model))
@@ -165,7 +165,7 @@ def kv_bytes(model: GPT, rows: int, length: int) -> int:
         rows: How many sequences fit.
         length: How many tokens fit in each.
     """
-    weight, chunk = model.transformer.wte.weight, min(CHUNK, length)
+    weight, chunk = model.transformer.wte.weight, min(CHUNK, length)  # a sliding window's memory holds a chunk beside the window
     return sum(_state_bytes(block.new_state(rows, length, chunk, 0, weight.dtype, torch.device("meta"))) for block in model.transformer.h)
 
 

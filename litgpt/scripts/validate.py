@@ -189,7 +189,8 @@ def _round_trip(tokenizer: Tokenizer, config: Config | None) -> str:
     if config is not None and highest >= config.padded_vocab_size:
         rows = f"the model has embeddings for {config.padded_vocab_size:,}"
         raise UserError(f"It has the id {highest:,}, but {rows}. Use the tokenizer that the model was trained with.")
-    return f"{tokenizer.vocab_size:,} tokens, 'Hello' becomes {ids}."
+    ends = "" if tokenizer.eos_ids else " It has no end token, so answers end only where they are cut."
+    return f"{tokenizer.vocab_size:,} tokens, 'Hello' becomes {ids}.{ends}"
 
 
 # Weights

@@ -325,7 +325,7 @@ def test_the_memory_grows_with_the_conversation(speaker, monkeypatch):
 def test_a_cut_answer_says_so(chat):
     _, err = chat("Hello\n", "--max_new_tokens", "2")
     assert "--max_new_tokens allows for longer ones" in err
-    _, err = chat("Hello\n", "--max_new_tokens", "9999")
+    _, err = chat("llama " * 245 + "\n", "--max_new_tokens", "9999")
     assert "where the model's context of 512 tokens is full" in err and "--max_new_tokens" not in err
 
 

@@ -12,7 +12,6 @@ from litgpt.chat import conversation as talking
 from litgpt.chat.conversation import Conversation, read_conversation
 from litgpt.config import Config
 from litgpt.errors import UserError
-from litgpt.generate import memory
 from litgpt.generate.run import Speaker
 from litgpt.generate.sampling import RowState
 from litgpt.model import GPT
@@ -80,13 +79,14 @@ class Fed:
 @pytest.fixture(params=[2048, 32], ids=["long rings", "short rings"])
 def chunk(request, monkeypatch):
     """How much a window remembers beside itself: with little it cannot be rewound freely."""
-    monkeypatch.setattr(memory, "CHUNK", request.param)
     monkeypatch.setattr(talking, "CHUNK", request.param)
     return request.param
 
 
 def test_every_turn_makes_the_tokens_of_a_fresh_conversation_and_feeds_only_what_is_new(speaker, chunk):
     chat = talk(speaker)
+    has_windows, has_states = speaker.model.config.family == "gemma3_text", speaker.model.config.family == "qwen3_next"
+    assert chat.batch.cache.rewinds_freely == (not has_states and (chunk > 32 or not has_windows))
     for prompt in PROMPTS:
         messages = [*chat.messages, {"role": "user", "content": prompt}]
         with Fed(speaker.model) as calls:

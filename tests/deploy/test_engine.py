@@ -132,14 +132,16 @@ def test_cancelled_requests_leave_before_the_next_step(make_engine):
     assert ask(engine, [1])[0].wait() == "length"
 
 
-def test_a_deadline_ends_what_runs_and_what_waits(make_engine):
+def test_a_deadline_ends_what_has_not_begun_and_nothing_else(make_engine):
     model = tiny_model()
     slow(model)
-    engine = make_engine(model, max_rows=1)
-    running, _ = ask(engine, [1, 2], n=100, timeout=0.3)
-    waiting, _ = ask(engine, [1, 2], n=100, timeout=0.1)
+    engine = make_engine(model, max_rows=1, chunk=2)
+    running, _ = ask(engine, [1, 2], n=50, timeout=0.3)
+    waiting, _ = ask(engine, [1, 2], n=50, timeout=0.1)
     assert waiting.wait() == "timeout" and not waiting.tokens
-    assert running.wait() == "timeout" and 0 < len(running.tokens) < 100
+    assert running.wait() == "length" and len(running.tokens) == 50
+    reading, _ = ask(engine, [3] * 100, n=5, timeout=0.3)
+    assert reading.wait() == "timeout" and not reading.tokens
 
 
 def test_a_broken_model_ends_every_request_and_refuses_new_ones(make_engine):

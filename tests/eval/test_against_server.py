@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from deploy.serving import Served, serving
+from eval.test_evaluate import EVERYTHING, numbers, only_tasks_of_the_folder  # noqa: F401
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
-from eval.test_evaluate import EVERYTHING, numbers, only_tasks_of_the_folder  # noqa: F401
 from litgpt.errors import UserError
 from litgpt.eval.evaluate import convert_and_evaluate
 from litgpt.tokenizer import Tokenizer
@@ -82,7 +82,9 @@ def test_the_token_that_ends_a_text_is_among_the_scored_ones(server):
 
 def test_lm_eval_alone_finds_the_same(server, tasks, tmp_path):
     folder = server.speaker.folder
-    described = f"model={folder.name},tokenizer={folder},add_bos_token={server.speaker.tokenizer.use_bos},max_length={CONTEXT},{address(server)}"
+    described = (
+        f"model={folder.name},tokenizer={folder},add_bos_token={server.speaker.tokenizer.use_bos},max_length={CONTEXT},{address(server)}"
+    )
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 1234)
     manager = TaskManager(include_path=str(tasks))
     found = simple_evaluate(

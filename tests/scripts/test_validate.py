@@ -17,13 +17,14 @@ from tiny import EVERY_FAMILY, EVERY_VARIANT, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from litgpt.cache import CHUNK
 from litgpt.checkpoint import load_model, write_adapter
 from litgpt.cli import run
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
 from litgpt.lora import LoRA, add_lora
 from litgpt.model import GPT
-from litgpt.scripts.memory_plan import CHUNK, estimate_model_memory
+from litgpt.scripts.memory_plan import estimate_model_memory
 from litgpt.scripts.validate import main, report, validate_checkpoint
 
 
@@ -188,8 +189,14 @@ def test_the_command_shows_everything_and_wrong_arguments_are_one_sentence(sound
     for wrong in (0, 1000):
         with pytest.raises(UserError, match="`context` is from 1 to the model's 256 tokens"):
             validate_checkpoint(sound, context=wrong)
-    with pytest.raises(UserError, match="`batch_size`"):
-        estimate_model_memory("pythia-14m", batch_size=0)
+    for wrong in (0, 10**20):
+        with pytest.raises(UserError, match="`batch_size` is .* from 1 to 1,024"):
+            estimate_model_memory("pythia-14m", batch_size=wrong)
+
+
+def test_a_tokenizer_without_an_end_token_is_told(folder):
+    change_json(folder / "tokenizer_config.json", eos_token=None)
+    assert "no end token" in next(check.message for check in validate_checkpoint(folder).checks if check.name == "tokenizer")
 
 
 def test_a_terminal_without_signs_sees_words(sound, folder, monkeypatch):
