@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -186,20 +187,17 @@ class Job:
         """Hand over one answer; return whether there was room for it."""
         index, timeout = self._waiting[0], self._deadline - monotonic()
         try:
-            ticket = self.service.engine.submit(
-                self.answers[index],
-                self._listener(index),
-                timeout=None if timeout == float("inf") else max(timeout, 0.001),
-                adapter=self.adapter,
-            )
+            with engine_errors():
+                ticket = self.service.engine.submit(
+                    self.answers[index],
+                    self._listener(index),
+                    timeout=None if timeout == float("inf") else max(timeout, 0.001),
+                    adapter=self.adapter,
+                )
         except QueueFull as error:
             if len(self._waiting) < len(self.answers):
                 return False
             raise ApiError(429, str(error), code="queue_full", retry_after=error.retry_after) from None
-        except EngineStopping as error:
-            raise ApiError(503, str(error), code="stopping", retry_after=1) from None
-        except EngineFailed as error:
-            raise ApiError(503, str(error), code="engine_failed") from None
         except UserError as error:
             self.service.adapter(self.adapter)  # was it unloaded meanwhile?
             raise ApiError(400, str(error)) from None
@@ -304,6 +302,17 @@ class Job:
 def joined(*pieces: Piece) -> Piece:
     """Return pieces that follow each other as one."""
     return Piece("".join(piece.text for piece in pieces), [scored for piece in pieces for scored in piece.tokens])
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """Tell clients why the engine takes nothing any more."""
+    try:
+        yield
+    except EngineStopping as error:
+        raise ApiError(503, str(error), code="stopping", retry_after=1) from None
+    except EngineFailed as error:
+        raise ApiError(503, str(error), code="engine_failed") from None
 
 
 async def in_thread(function: Callable[..., T], *args: object) -> T:

@@ -16,11 +16,10 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-from litgpt.deploy.answering import in_thread, prepared
+from litgpt.deploy.answering import engine_errors, in_thread, prepared
 from litgpt.deploy.chat import answer_chat, as_given
 from litgpt.deploy.completions import answer_completion, answer_prediction
 from litgpt.deploy.embeddings import answer_embedding
-from litgpt.deploy.engine import EngineFailed, EngineStopping
 from litgpt.deploy.measures import CountsRequests
 from litgpt.deploy.protocol import (
     AdapterRequest,
@@ -219,10 +218,8 @@ async def unload_adapter(name: str, request: Request) -> Response:
 
 async def _in_engine(service: Service, function: Callable[[], object]) -> None:
     """Run a function in the engine's thread."""
-    try:
+    with engine_errors():
         await _for_adapters(service, asyncio.wrap_future(service.engine.call(function)))
-    except (EngineStopping, EngineFailed) as error:
-        raise ApiError(503, str(error), code="stopping" if isinstance(error, EngineStopping) else "engine_failed") from None
 
 
 async def _for_adapters(service: Service, work: Awaitable[T]) -> T:

@@ -94,7 +94,8 @@ def make_plan(service: Service, body: ChatRequest) -> Plan:
         style = with_tools(style, functions)
         form = call_format(style)
         lark = _forced(service, body, form, functions)
-    service.check_sizes((_text(message.content) for message in body.messages), "messages")
+    said = [_text(message.content) for message in body.messages if message.role != "assistant"]  # of answers templates drop parts
+    service.check_size(sum(map(len, said)), "messages")
     ids = encode_prompt(style, tokenizer, as_given(body.messages))
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     n_new, shown = service.n_new(len(ids), wanted, "messages"), {} if form is None else special_tokens(tokenizer, form)

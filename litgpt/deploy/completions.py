@@ -111,7 +111,8 @@ def read_prompts(service: Service, prompt: str | list[str] | list[int] | list[li
     if not 1 <= len(texts) <= most:
         raise ApiError(400, f"`{param}` must be 1 to {most} texts, but got {len(texts)}.", param)
     encode = service.speaker.tokenizer.encode
-    service.check_sizes((text for text in texts if isinstance(text, str)), param)
+    for text in filter(lambda text: isinstance(text, str), texts):
+        service.check_size(len(text), param)
     read = [(encode(text).tolist(), text) if isinstance(text, str) else (text, None) for text in texts]
     try:
         for ids, _ in read:
@@ -226,7 +227,7 @@ async def answer_prediction(service: Service, body: PredictRequest, request: Req
 
 
 def _plan_prediction(service: Service, body: PredictRequest) -> tuple[Answer, TextStream]:
-    service.check_sizes([body.prompt], "prompt")
+    service.check_size(len(body.prompt), "prompt")
     ids = service.speaker.encode(body.prompt)
     wanted = service.defaults.max_new_tokens if body.max_new_tokens is None else body.max_new_tokens
     answer = Answer(ids, service.row(body), service.n_new(len(ids), wanted, "prompt"), service.stop_tokens)

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from litgpt.deploy.answering import ENDS, prepared, unless_gone
+from litgpt.deploy.answering import ENDS, engine_errors, prepared, unless_gone
 from litgpt.deploy.completions import read_prompts
-from litgpt.deploy.engine import EngineFailed, EngineStopping
 from litgpt.deploy.protocol import Embedding, EmbeddingRequest, Embeddings, Usage
 from litgpt.deploy.service import ApiError, Service
 from litgpt.errors import UserError
@@ -52,12 +51,11 @@ async def _answer(service: Service, body: EmbeddingRequest, sequences: list[list
         async with asyncio.timeout(service.limits.timeout):
             while len(vectors) < len(sequences):
                 chosen = _next_few(sequences[len(vectors) :], alone=adapter is not None)
-                vectors += await asyncio.wrap_future(service.engine.call(_computing(service, chosen, adapter)))
+                with engine_errors():
+                    vectors += await asyncio.wrap_future(service.engine.call(_computing(service, chosen, adapter)))
     except TimeoutError:
         status, message, code = ENDS["timeout"]
         raise ApiError(status, message, code=code) from None
-    except (EngineStopping, EngineFailed) as error:
-        raise ApiError(503, str(error), code="stopping" if isinstance(error, EngineStopping) else "engine_failed") from None
     except UserError as error:
         service.adapter(adapter)  # was it unloaded meanwhile?
         raise ApiError(400, str(error)) from None

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -213,17 +213,16 @@ class Service:
         tokenizer = self.speaker.tokenizer
         return max(len(tokenizer.text(token) or "") for token in range(self.vocab_size))
 
-    def check_sizes(self, texts: Iterable[str], param: str) -> None:
-        """Refuse texts that cannot fit, whatever their tokens are: to find these would take long.
+    def check_size(self, n_characters: int, param: str) -> None:
+        """Refuse a text that cannot fit, whatever its tokens are: to find these would take long.
 
         Raises:
-            ApiError: One is too long.
+            ApiError: It is too long.
         """
-        for text in texts:
-            most = self.engine.max_length
-            if len(text) > most and len(text) > most * self.longest_token:
-                message = f"A text of {len(text)} characters is longer than any {most} tokens, and no more fit. Shorten it."
-                raise ApiError(400, message, param, "context_length_exceeded")
+        most = self.engine.max_length
+        if n_characters > most and n_characters > most * self.longest_token:
+            message = f"The text has {n_characters} characters, more than any {most} tokens have, and no more tokens fit. Shorten it."
+            raise ApiError(400, message, param, "context_length_exceeded")
 
     def stops(self, stop: str | list[str] | None) -> list[str]:
         """Return the stop strings of a request.

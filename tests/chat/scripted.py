@@ -13,6 +13,7 @@ from pathlib import Path
 
 from litgpt.chat import base, conversation
 from litgpt.cli import main
+from litgpt.generate.run import Speaker
 
 SECONDS = 0.01  # between two words
 ANSWERS = json.loads(Path(sys.argv[1]).read_text())
@@ -34,4 +35,5 @@ class Scripted(conversation.Conversation):
 
 
 base.Conversation = Scripted
+Speaker.stop_tokens = property(lambda self: [])  # the script says when an answer ends
 sys.exit(main(["chat", *sys.argv[2:]]))

@@ -117,6 +117,21 @@ def test_a_scored_prompt_may_fill_the_context(server):
     assert server.post(PATH, {"prompt": ids, "max_tokens": 1}).json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_the_token_that_ends_a_text_is_scored_behind_it_streamed_too(checkpoint):
+    with serving(checkpoint) as server:
+        end = server.speaker.tokenizer.token_to_id("<|im_end|>")
+        server.service.stop_tokens = [[token] for token in range(3, 300, 2)] + [[end]]
+        fields = dict(echo=True, logprobs=1, seed=2, max_tokens=50)
+        choice, pieces = ask(server, **fields)["choices"][0], choices_of(streamed(server, **fields))
+        told = {key: [value for piece in pieces for value in piece["logprobs"][key]] for key in ("tokens", "text_offset")}
+        assert choice["finish_reason"] == "stop"
+        assert choice["logprobs"]["text_offset"][-1] == len(choice["text"])
+        assert (told["tokens"], told["text_offset"]) == (choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"])
+        made = expected_tokens(server.speaker, ids_of(server), 50, seed=2)
+        until = next(i for i, token in enumerate(made) if [token] in server.service.stop_tokens)
+        assert len(told["tokens"]) == len(ids_of(server)) + until + 1
+
+
 def test_stop_strings_end_a_text(server):
     full = ask(server, seed=6, max_tokens=30)["choices"][0]["text"]
     stopped = ask(server, seed=6, max_tokens=30, stop=full[8:10])["choices"][0]

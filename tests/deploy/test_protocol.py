@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, ValidationError
 from transformers import AutoModelForCausalLM
 
-from litgpt.deploy import protocol
+from litgpt.deploy import completions, embeddings, protocol
 from litgpt.deploy.app import make_app
 from litgpt.deploy.protocol import ChatRequest, CompletionRequest, PredictRequest, Strict
 from litgpt.generate.run import load
@@ -279,6 +279,22 @@ def test_adapters_are_loaded_chosen_by_name_and_unloaded_while_serving(checkpoin
         assert server.request("DELETE", "/v1/adapters/first").json() == {"id": "first", "object": "model", "deleted": True}
         assert server.post("/v1/chat/completions", {**body, "model": "first"}).status_code == 404
         assert server.post("/v1/adapters", {"name": "first"}).status_code == 200
+
+
+@pytest.mark.parametrize("path, module, name", [("completions", completions, "make_plan"), ("embeddings", embeddings, "_read")])
+def test_a_request_whose_adapter_is_unloaded_before_it_begins_is_told_so(checkpoint, adapter_dir, monkeypatch, path, module, name):
+    with serving(checkpoint, has_adapters=True, adapter_dir=adapter_dir) as server:
+        server.post("/v1/adapters", {"name": "first"})
+        planned = getattr(module, name)
+
+        def late(service, body):
+            plan = planned(service, body)
+            service.engine.call(lambda: service.engine.unload("first")).result()
+            return plan
+
+        monkeypatch.setattr(module, name, late)
+        answer = server.post(f"/v1/{path}", {"prompt" if path == "completions" else "input": "hay", "model": "first"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_adapters_that_cannot_be_loaded_are_refused_without_a_word_of_the_disk(checkpoint, adapter_dir):

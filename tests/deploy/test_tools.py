@@ -1,6 +1,7 @@
 """Functions that a model may call."""
 
 import json
+import time
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from speaking import make_checkpoint
 
 from litgpt.deploy.answering import Piece, Scored
 from litgpt.deploy.protocol import Function
-from litgpt.deploy.tools import CallReader, call_format, forcing_grammar, special_tokens, with_tools
+from litgpt.deploy.tools import CallFormat, CallReader, call_format, forcing_grammar, special_tokens, with_tools
 from litgpt.errors import UserError
 from litgpt.generate import batch
 from litgpt.generate.batch import TokenLogprob
@@ -293,3 +294,25 @@ def test_special_tokens_within_calls_are_refused(tmp_path):
     style = with_tools(ChatTemplate(HEAD + calls + "{{ m.content }}" + TAIL), MODELS)
     with pytest.raises(UserError, match="is not known"):
         special_tokens(Tokenizer(make_checkpoint(tmp_path / "tiny")), call_format(style))
+
+
+BARE = CallFormat('{"name": "', '", "parameters": ', "}")
+TAGGED = CallFormat('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
+
+
+@pytest.mark.parametrize("form, text", [(BARE, '{"name": "clock", "parameters": {}};'), (TAGGED, "<tool_call>")], ids=["bare", "tagged"])
+def test_white_space_without_end_takes_no_time_to_read(form, text):
+    """A model that is stuck writes nothing else."""
+    reader = CallReader(form, ["clock"])
+    reader.push(Piece(text + " " * 20_000 + "x", []))
+    start = time.monotonic()
+    reader.finish()
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_a_call_with_a_number_that_json_does_not_have_is_text(number):
+    text = f'{{"name": "clock", "parameters": {{"a": {number}}}}}'
+    reader = CallReader(BARE, ["clock"])
+    pieces = reader.push(Piece(text, [])), *reader.finish()
+    assert (pieces[0].text + pieces[1].text, pieces[2]) == (text, [])

@@ -39,12 +39,12 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("web") / "tiny-llama", context=4096)
+    return make_checkpoint(tmp_path_factory.mktemp("web") / "tiny-llama", context=2**15)
 
 
 @pytest.fixture(scope="module")
 def address(browser, folder) -> Iterator[str]:
-    with served(folder, "--api_key", KEY, "--temperature", "0", "--max_length", "4096") as (_, found):
+    with served(folder, "--api_key", KEY, "--temperature", "0", "--max_length", "32768") as (_, found):
         yield found
 
 
@@ -98,7 +98,7 @@ def test_the_page_shows_what_the_server_answers(reader, address):
 
 
 def test_stopping_in_the_page_ends_the_work_of_the_server(reader):
-    set_field(reader, "max_tokens", "4000")
+    set_field(reader, "max_tokens", "30000")
     reader.ask("Once upon a time", waits=False)
     reader.until("document.querySelector('.answer')?.innerText.length > 20")
     assert n_running(reader) == 1
@@ -126,7 +126,7 @@ def test_a_wrong_key_is_asked_for_again(browser, address):
 def test_a_server_that_ends_says_so_in_the_page(browser, folder):
     with served(folder, "--grace", "0") as (server, address):
         reader = Reader(browser, address)
-        set_field(reader, "max_tokens", "4000")
+        set_field(reader, "max_tokens", "30000")
         reader.ask("Once upon a time", waits=False)
         reader.until("document.querySelector('.answer')?.innerText.length > 20")
         server.send_signal(signal.SIGTERM)
