@@ -110,7 +110,7 @@ def test_stopping_in_the_page_ends_the_work_of_the_server(reader):
 
 
 def test_what_the_server_refuses_is_shown_in_its_words(reader):
-    reader.ask("llama " * 5000)
+    reader.ask("llama " * 40000)
     assert reader.note().startswith("The server refused this (400). ")
     assert "token" in reader.note()
 
@@ -124,7 +124,7 @@ def test_a_wrong_key_is_asked_for_again(browser, address):
 
 
 def test_a_server_that_ends_says_so_in_the_page(browser, folder):
-    with served(folder, "--grace", "0") as (server, address):
+    with served(folder, "--grace", "0", "--temperature", "0", "--max_length", "32768") as (server, address):
         reader = Reader(browser, address)
         set_field(reader, "max_tokens", "30000")
         reader.ask("Once upon a time", waits=False)
