@@ -17,7 +17,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from litgpt.deploy.answering import engine_errors, in_thread, prepared
-from litgpt.deploy.chat import answer_chat, as_given
+from litgpt.deploy.chat import MANY_TURNS, answer_chat, n_turns, prompt_ids
 from litgpt.deploy.completions import answer_completion, answer_prediction
 from litgpt.deploy.embeddings import answer_embedding
 from litgpt.deploy.measures import CountsRequests
@@ -46,7 +46,6 @@ from litgpt.deploy.protocol import (
 from litgpt.deploy.service import ApiError, Defaults, Limits, Service
 from litgpt.errors import MissingFile, UserError
 from litgpt.generate.batch import check_ids
-from litgpt.prompts import encode_prompt
 
 __all__ = ["Defaults", "Limits", "Service", "make_app"]
 
@@ -247,14 +246,14 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     service.adapter(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Give one of `prompt` and `messages`.", "prompt")
-    ids = await prepared(service, request, _ids, service, body)
+    ids = await prepared(service, request, _ids, service, body, is_slow=n_turns(body.messages or []) > MANY_TURNS)
     return answered(Tokenized(tokens=ids, count=len(ids), max_model_len=service.engine.max_length))
 
 
 def _ids(service: Service, body: TokenizeRequest) -> list[int]:
     tokenizer = service.speaker.tokenizer
     if body.messages is not None:
-        return encode_prompt(service.speaker.style, tokenizer, as_given(body.messages))
+        return prompt_ids(service, service.speaker.style, body.messages)
     return tokenizer.ids(body.prompt) if body.add_special_tokens is False else tokenizer.encode(body.prompt).tolist()
 
 

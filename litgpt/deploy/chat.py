@@ -38,9 +38,10 @@ from litgpt.deploy.service import ApiError, Service
 from litgpt.deploy.spelling import content_logprob
 from litgpt.deploy.tools import Call, CallFormat, CallReader, call_format, forcing_grammar, special_tokens, with_tools
 from litgpt.generate.batch import Answer
-from litgpt.prompts import encode_prompt
+from litgpt.prompts import PromptStyle, encode_prompt
 
 DONE = b"data: [DONE]\n\n"
+MANY_TURNS = 24  # of a conversation that takes long to be read
 
 
 @dataclass
@@ -62,7 +63,8 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         ApiError: The request cannot be served.
     """
     has_grammar = isinstance(body.response_format, ObjectFormat | SchemaFormat) or body.tool_choice not in (None, "none", "auto")
-    plan = await prepared(service, request, make_plan, service, body, is_slow=has_grammar)
+    is_slow = has_grammar or n_turns(body.messages) > MANY_TURNS
+    plan = await prepared(service, request, make_plan, service, body, is_slow=is_slow)
     job = Job(service, plan.answers, plan.adapter, request.scope)
     job.submit()
     if body.stream:
@@ -94,9 +96,7 @@ def make_plan(service: Service, body: ChatRequest) -> Plan:
         style = with_tools(style, functions)
         form = call_format(style)
         lark = _forced(service, body, form, functions)
-    said = [_text(message.content) for message in body.messages if message.role != "assistant"]  # of answers templates drop parts
-    service.check_size(sum(map(len, said)), "messages")
-    ids = encode_prompt(style, tokenizer, as_given(body.messages))
+    ids = prompt_ids(service, style, body.messages)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     n_new, shown = service.n_new(len(ids), wanted, "messages"), {} if form is None else special_tokens(tokenizer, form)
     plan = Plan([], [], adapter, body.model or service.name)
@@ -162,6 +162,25 @@ def _forced(service: Service, body: ChatRequest, form: CallFormat, functions: Se
     elif body.tool_choice != "required":
         return None
     return forcing_grammar(service.speaker.tokenizer, form, functions)
+
+
+def n_turns(messages: Sequence[AnyMessage]) -> int:
+    """Return how many of the messages are the assistant's."""
+    return sum(message.role == "assistant" for message in messages)
+
+
+def prompt_ids(service: Service, style: PromptStyle, messages: Sequence[AnyMessage]) -> list[int]:
+    """Return the ids of a conversation.
+
+    Raises:
+        ApiError: It is too long.
+        UserError: The style cannot write it.
+    """
+    said = [_text(message.content) for message in messages if message.role != "assistant"]  # of answers templates drop parts
+    service.check_size(sum(map(len, said)), "messages")
+    if (n := n_turns(messages)) > (most := service.limits.max_turns):
+        raise ApiError(400, f"At most {most} messages may be the assistant's, but {n} are. Leave out old ones.", "messages")
+    return encode_prompt(style, service.speaker.tokenizer, as_given(messages))
 
 
 def as_given(messages: Sequence[AnyMessage]) -> list[dict[str, Any]]:

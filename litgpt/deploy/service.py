@@ -55,6 +55,7 @@ class Limits:
         max_tokens: Tokens of an answer, however long the context is.
         max_choices: Answers to each prompt (`n`).
         max_prompts: Prompts, or texts to embed.
+        max_turns: The assistant's messages: what precedes each is rendered and encoded for itself, which takes time with their square.
         max_stops: Stop strings.
         max_stop_length: Characters of a stop string.
         max_tools: Functions.
@@ -67,6 +68,7 @@ class Limits:
     max_tokens: int = 2**17
     max_choices: int = 16
     max_prompts: int = 256
+    max_turns: int = 256
     max_stops: int = 16
     max_stop_length: int = 256
     max_tools: int = 128

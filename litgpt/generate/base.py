@@ -67,7 +67,7 @@ def main(
         sys_prompt: A system prompt, for prompt styles that have one. By default the style's own.
         prompts: A file of prompts to answer instead. In a `.jsonl` file each line is a mapping with `prompt`, or `messages` with `role` and
             `content`, and maybe an `id` that comes back with the answer, and options such as `seed` or `temperature` for this prompt alone.
-            A `.json` file is a list of such mappings, and a `.txt` file has a prompt a line.
+            A `.json` file is a list of such mappings, and a `.txt` file has a prompt a line. `-` reads lines of JSON from standard input.
         out: Where the answers to `prompts` go. By default to standard output.
         adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
         num_samples: How many answers to generate to each prompt.

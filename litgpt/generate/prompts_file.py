@@ -65,30 +65,38 @@ def read_lines(path: Path) -> list[Line]:
     """Return the prompts of a file. One that is wrong has an `error`, and the others are answered all the same.
 
     Args:
-        path: A `.jsonl`, `.json` or `.txt` file.
+        path: A `.jsonl`, `.json` or `.txt` file, or `-` for lines of JSON from standard input.
 
     Raises:
         UserError: The file cannot be read as what its name says, or has no prompts.
     """
+    is_piped = str(path) == "-"
+    text, suffix, source = (sys.stdin.read(), ".jsonl", "Standard input") if is_piped else (_text_of(path), path.suffix, str(path))
+    lines = _read(text, suffix, source)
+    if not lines:
+        raise UserError(f"{source} is empty: it has no prompts.")
+    return lines
+
+
+def _text_of(path: Path) -> str:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} ends in {path.suffix!r}, but prompts are read from {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} files.")
     if not is_file(path):
         raise MissingFile(f"There is no file {path}. `prompts` names a file; a single text is `prompt`.")
-    text = read_text(path, "Save it as UTF-8 text.").removeprefix("\ufeff")
-    if path.suffix == ".json":
+    return read_text(path, "Save it as UTF-8 text.").removeprefix("\ufeff")
+
+
+def _read(text: str, suffix: str, source: str) -> list[Line]:
+    if suffix == ".json":
         records, error = _loaded(text)
         if error is not None:
-            raise UserError(f"{path} is not valid JSON: {error}. If each line is a prompt, name it `.jsonl`.")
+            raise UserError(f"{source} is not valid JSON: {error}. If each line is a prompt, name it `.jsonl`.")
         if not isinstance(records, list):
-            raise UserError(f"{path} must hold a list of prompts, but holds {kind_of(records)}. Put the prompts in [ ].")
-        lines = [_line(i, f"Prompt {i + 1}", record) for i, record in enumerate(records)]
-    else:
-        numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]  # JSON may hold U+2028
-        read = _loaded if path.suffix == ".jsonl" else lambda line: (line.removesuffix("\r"), None)
-        lines = [_line(i, f"Line {number}", *read(line)) for i, (number, line) in enumerate(numbered)]
-    if not lines:
-        raise UserError(f"{path} is empty: it has no prompts.")
-    return lines
+            raise UserError(f"{source} must hold a list of prompts, but holds {kind_of(records)}. Put the prompts in [ ].")
+        return [_line(i, f"Prompt {i + 1}", record) for i, record in enumerate(records)]
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]  # JSON may hold U+2028
+    read = _loaded if suffix == ".jsonl" else lambda line: (line.removesuffix("\r"), None)
+    return [_line(i, f"Line {number}", *read(line)) for i, (number, line) in enumerate(numbered)]
 
 
 def _loaded(text: str) -> tuple[Any, str | None]:

@@ -108,6 +108,21 @@ def test_requests_with_long_bodies_wait_for_each_other(checkpoint, monkeypatch):
         assert answers[3:] == [200, 200]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+def test_conversations_of_many_turns_are_refused_and_of_some_wait_for_each_other(checkpoint, path, monkeypatch):
+    turns = [*HI, {"role": "assistant", "content": ""}]
+    with serving(checkpoint, limits=replace(Limits(), max_turns=30)) as server:
+        assert server.post(path, {"messages": turns * 31 + HI}).json()["error"]["param"] == "messages"
+        taken = []
+        original = server.service.turn
+        monkeypatch.setattr(server.service, "turn", lambda: (taken.append(1), original())[1])
+        server.post(path, {"messages": turns * 30 + HI})
+        assert taken
+        taken.clear()
+        server.post(path, {"messages": turns * 3 + HI})
+        assert not taken
+
+
 def test_so_many_probabilities_that_memory_would_be_short_are_refused(checkpoint):
     with serving(checkpoint, limits=replace(Limits(), max_scored=100)) as server:
         fields = {"prompt": [[5] * 10] * 2, "echo": True, "max_tokens": 1}

@@ -122,6 +122,16 @@ def test_prompts_are_read_from_lists_and_from_plain_lines_too(folder, llm, name)
     assert [found[i]["text"] for i in range(3)] == [alone(llm, {"prompt": text}).text for text in texts]
 
 
+def test_prompts_are_read_from_standard_input(folder, llm, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(json.dumps(line) + "\n" for line in LINES[:3])))
+    run(folder, "--prompts", "-")
+    found = by_index([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert [found[i]["text"] for i in range(3)] == [alone(llm, line).text for line in LINES[:3]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    run(folder, "--prompts", "-", code=2)
+    assert "Standard input is empty" in capsys.readouterr().err
+
+
 # Going on
 
 
