@@ -290,6 +290,10 @@ async def ready(request: Request) -> Response:
     return answered(Health(status="ready"))
 
 
+for path, answer in {"/health": health, "/ready": ready}.items():  # as some orchestrators ask
+    router.head(path, include_in_schema=False)(answer)
+
+
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}, response_class=Response)
 async def metrics(request: Request) -> Response:
     """Show counters and timings in Prometheus' format."""
@@ -304,7 +308,8 @@ def _add_page(app: FastAPI, path: Path) -> None:
     async def page() -> Response:
         return Response(content, media_type=kind, headers=headers)
 
-    app.get("/" if path.name == "index.html" else f"/web/{path.name}", include_in_schema=False)(page)
+    where = "/" if path.name == "index.html" else f"/web/{path.name}"
+    app.api_route(where, methods=["GET", "HEAD"], include_in_schema=False)(page)
 
 
 # Errors

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from litgpt.cache import CHUNK
 from litgpt.errors import UserError, optional
 from litgpt.eval.score import Score, scores, windows
 from litgpt.generate.batch import Answer, Batch
@@ -108,7 +109,7 @@ class Harness:
         """Generate all answers; those whose prompts begin alike follow each other, so that they share it."""
         rows = min(self.batch_size or AUTO_ROWS, len(writers))
         length = max(len(writer.answer.prompt) + writer.answer.max_new_tokens for writer in writers)
-        batch = Batch(self.model, new_cache(self.model, rows, length), max_tokens=2048, keeps_prefixes=True)
+        batch = Batch(self.model, new_cache(self.model, rows, length), max_tokens=CHUNK, keeps_prefixes=True)
         by_answer = {writer.answer: writer for writer in writers}
         waiting = sorted(writers, key=lambda writer: writer.answer.prompt, reverse=True)
         while waiting or batch.running:

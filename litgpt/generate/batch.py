@@ -1,6 +1,6 @@
 """The one decode loop: prompts join, every step adds a token to each row, finished rows leave."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -10,7 +10,6 @@ from torch.compiler import set_stance
 
 from litgpt.cache import Cache, Span, upload
 from litgpt.errors import UserError
-from litgpt.generate.memory import new_cache
 from litgpt.generate.sampling import NO_NUMBERS, NO_TOKEN, RowState, sample
 from litgpt.generate.stopping import StopMatcher
 from litgpt.model import GPT
@@ -367,32 +366,3 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[Token
     values, indices = logs.topk(min(n_top, logs.size(-1)))
     tops = [list(zip(ids, logs_, strict=True)) for ids, logs_ in zip(indices.tolist(), values.tolist(), strict=True)]
     return [TokenLogprob(*each) for each in zip(tokens, own, tops, strict=True)]
-
-
-def answer_all(model: GPT, answers: Iterable[Answer], rows: int, length: int, max_tokens: int = 2048) -> Iterator[Answer]:
-    """Yield answers as they are finished, `rows` of them at a time.
-
-    Args:
-        model: The model.
-        answers: What to answer; it is read only as rows become free.
-        rows: How many at a time.
-        length: The most tokens that a prompt and its answer have.
-        max_tokens: How many tokens one step may feed.
-
-    Raises:
-        UserError: The memory does not fit, or the model computes no numbers.
-    """
-    batch, waiting = Batch(model, new_cache(model, rows, length), max(max_tokens, rows)), iter(answers)
-    more = True
-    while more or batch.running:
-        while more and batch.n_free:
-            answer = next(waiting, None)
-            if answer is None:
-                more = False
-            else:
-                batch.join(answer)
-        for answer, _ in batch.step():
-            if answer.finish == "error":
-                raise UserError(answer.error)
-            if answer.finish is not None:
-                yield answer

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite, log
+from math import log
 from random import Random
 from typing import Protocol
 
@@ -17,6 +17,7 @@ NO_NUMBERS = (
     "The model computes no numbers (NaN or infinity): its weights are damaged, or `precision` is too small for them. "
     "Download or train it again, or try 32-true."
 )
+MOST = 1_000_000  # of temperatures and penalties: logits that they multiply stay numbers in fp32
 PREFIX = 1024  # how many of the likeliest tokens `top_p` looks at before it sorts all of them
 
 
@@ -67,17 +68,17 @@ class RowState:
     def __post_init__(self) -> None:
         if not 0.0 <= self.top_p <= 1.0:
             raise UserError(f"`top_p` is a probability, but got {self.top_p}. Use 1.0 to sample from all tokens.")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise UserError(f"`temperature` must be 0 or more, but got {self.temperature}. Use 0 to take the likeliest token.")
+        if not 0.0 <= self.temperature <= MOST:
+            raise UserError(f"`temperature` must be 0 or more, up to {MOST:,}, but got {self.temperature}. 0 takes the likeliest token.")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"`top_k` counts the tokens to choose from, but got {self.top_k}. Use null (None) to sample from all tokens.")
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"`repetition_penalty` must be above 0, but got {self.repetition_penalty}. Use 1.0 for none.")
+        if not 1 / MOST <= self.repetition_penalty <= MOST:
+            raise UserError(f"`repetition_penalty` must be above 0, up to {MOST:,}, but got {self.repetition_penalty}. Use 1.0 for none.")
         if not 0.0 <= self.min_p <= 1.0:
             raise UserError(f"`min_p` is a part of the likeliest token's probability, but got {self.min_p}. Use 0 for no limit.")
         for name in ("presence_penalty", "frequency_penalty"):
-            if not isfinite(getattr(self, name)):
-                raise UserError(f"`{name}` is a number, but got {getattr(self, name)}. Use 0 for none.")
+            if not -MOST <= getattr(self, name) <= MOST:
+                raise UserError(f"`{name}` is a number, from -{MOST:,} to {MOST:,}, but got {getattr(self, name)}. Use 0 for none.")
         if self.seed is None:
             self.seed = int(torch.randint(2**62, (), device="cpu"))
         self.generator = Random(self.seed)

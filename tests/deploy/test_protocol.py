@@ -236,6 +236,13 @@ def test_the_app_can_be_made_twice(server):
     assert make_app(server.service).openapi() == make_app(server.service).openapi()
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+def test_who_asks_for_the_head_alone_gets_it(server, path):
+    answer = server.request("HEAD", path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == server.get(path).headers["content-type"]
+
+
 # Adapters
 
 

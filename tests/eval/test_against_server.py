@@ -54,13 +54,26 @@ def evaluated(server: Served, tasks: Path, out: Path, names: str = EVERYTHING, *
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.fixture
+def expected(server, tasks, tmp_path, measured_before: dict[Path, dict]) -> dict:
+    """What is measured in process, once for each checkpoint."""
+    folder = server.speaker.folder
+    if folder not in measured_before:
+        measured_before[folder] = numbers(evaluated(server, tasks, tmp_path))
+    return measured_before[folder]
+
+
+@pytest.fixture(scope="module")
+def measured_before() -> dict[Path, dict]:
+    return {}
+
+
 def address(server: Served, path: str = "/v1/completions") -> str:
     return f"base_url={server.url}{path}"
 
 
 @pytest.mark.parametrize("more", ["", ",num_concurrent=3", ",tokenized_requests=False"], ids=["one by one", "at once", "as texts"])
-def test_the_command_measures_the_same_as_in_process(server, tasks, tmp_path, more):
-    expected = numbers(evaluated(server, tasks, tmp_path))
+def test_the_command_measures_the_same_as_in_process(server, tasks, tmp_path, expected, more):
     found = numbers(evaluated(server, tasks, tmp_path, model="local-completions", model_args=address(server) + more))
     assert found == pytest.approx(expected, rel=1e-4)
     assert any(math.isfinite(value) for value in expected.values())
@@ -80,7 +93,7 @@ def test_the_token_that_ends_a_text_is_among_the_scored_ones(server):
     assert 0 < ends < 40
 
 
-def test_lm_eval_alone_finds_the_same(server, tasks, tmp_path):
+def test_lm_eval_alone_finds_the_same(server, tasks, expected):
     folder = server.speaker.folder
     described = (
         f"model={folder.name},tokenizer={folder},add_bos_token={server.speaker.tokenizer.use_bos},max_length={CONTEXT},{address(server)}"
@@ -90,7 +103,7 @@ def test_lm_eval_alone_finds_the_same(server, tasks, tmp_path):
     found = simple_evaluate(
         "local-completions", described, tasks=EVERYTHING.split(","), task_manager=manager, log_samples=False, bootstrap_iters=0, **seeds
     )
-    assert numbers(found) == pytest.approx(numbers(evaluated(server, tasks, tmp_path)), rel=1e-4)
+    assert numbers(found) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_server_of_another_model_is_named(server, tasks, tmp_path):

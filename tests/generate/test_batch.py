@@ -4,10 +4,11 @@ from random import Random
 
 import pytest
 import torch
+from answering import answer_all
 from tiny import tiny_config
 
 from litgpt.errors import UserError
-from litgpt.generate.batch import Answer, Batch, answer_all, common_length
+from litgpt.generate.batch import Answer, Batch, common_length
 from litgpt.generate.decode import complete
 from litgpt.generate.memory import fitting_length, new_cache
 from litgpt.generate.sampling import RowState
@@ -197,19 +198,6 @@ def test_an_answer_of_no_tokens_only_scores_its_prompt():
     answer = Answer([1, 2, 3], RowState(), 0, scores_prompt=True)
     assert list(answer_all(model, [answer], rows=1, length=10)) == [answer]
     assert (answer.made, answer.finish, len(answer.prompt_logprobs)) == ([], "length", 3)
-
-
-def test_answers_are_read_only_as_rows_become_free():
-    model, read = tiny_model("full"), []
-
-    def answers():
-        for i in range(6):
-            read.append(i)
-            yield Answer([i + 1], RowState(0.0), 3)
-
-    for n, _ in enumerate(answer_all(model, answers(), rows=2, length=10), start=1):
-        assert len(read) <= n + 2
-    assert n == 6
 
 
 def test_a_token_that_the_model_does_not_know_is_refused():

@@ -10,6 +10,7 @@ from time import monotonic
 import jsonschema_rs
 import pytest
 import torch
+from answering import answer_all
 from tiny import tiny_config
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
@@ -17,7 +18,7 @@ from vocabularies import KINDS, write
 
 from litgpt.errors import UserError
 from litgpt.generate import grammar as grammars
-from litgpt.generate.batch import Answer, Batch, answer_all
+from litgpt.generate.batch import Answer, Batch
 from litgpt.generate.grammar import compile_grammar, schema_text
 from litgpt.generate.memory import new_cache
 from litgpt.generate.sampling import RowState

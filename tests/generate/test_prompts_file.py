@@ -263,6 +263,7 @@ WRONG = [
     ({"prompt": "a", "temperature": -1}, "`temperature` must be 0 or more"),
     ({"prompt": "a", "temperature": float("nan")}, "not valid JSON: NaN is no number"),
     ({"prompt": "a", "id": float("-inf")}, "not valid JSON: -Infinity is no number"),
+    ({"prompt": "a", "presence_penalty": 10**400}, "`presence_penalty` is a number, from"),
     ({"prompt": "a", "seed": True}, "`seed` must be a whole number"),
     ({"prompt": "a", "seed": 1.5}, "`seed` must be a whole number, but is 1.5"),
     ({"prompt": "a", "stop": [1]}, "`stop` is a text or a list of texts, but has 1"),
