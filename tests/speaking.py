@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from litgpt import LLM
+
 TEXTS = ["What food do llamas eat? Grass and hay.", "Grüße aus Köln, 你好世界 🙂🙃!", "Once upon a time there was a llama."]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -43,6 +45,13 @@ def make_checkpoint(folder: Path, context: int = 256, seed: int = 0, template: s
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
+
+
+def exact_llm(folder: Path) -> LLM:
+    """Return the model of a folder in fp32, in which a batch gives what its prompts give alone."""
+    llm = LLM.load(folder, distribute=None)
+    llm.distribute(precision="32-true")
+    return llm
 
 
 def said(*turns: str | dict | None) -> list[dict]:

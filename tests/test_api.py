@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from speaking import make_checkpoint, make_tokenizer
+from speaking import exact_llm, make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table, calculate_number_of_devices
@@ -21,9 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def llm(folder):
-    llm = LLM.load(folder, distribute=None)
-    llm.distribute(precision="32-true")
-    return llm
+    return exact_llm(folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from speaking import make_checkpoint
+from speaking import exact_llm, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.api import LLM
@@ -25,9 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    llm = LLM.load(folder, distribute=None)
-    llm.distribute(precision="32-true")
-    return llm
+    return exact_llm(folder)
 
 
 @pytest.fixture(scope="module")

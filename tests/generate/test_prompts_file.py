@@ -10,9 +10,8 @@ import sys
 import time
 
 import pytest
-from speaking import make_checkpoint
+from speaking import exact_llm, make_checkpoint
 
-from litgpt.api import LLM
 from litgpt.cli import main as cli
 
 LINES = [
@@ -36,9 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    llm = LLM.load(folder, distribute=None)
-    llm.distribute(precision="32-true")
-    return llm
+    return exact_llm(folder)
 
 
 @pytest.fixture(autouse=True)
