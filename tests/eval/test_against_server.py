@@ -109,3 +109,10 @@ def test_lm_eval_alone_finds_the_same(server, tasks, expected):
 def test_a_server_of_another_model_is_named(server, tasks, tmp_path):
     with pytest.raises(UserError, match="The server at .* failed"):
         evaluated(server, tasks, tmp_path, "choose", model="local-completions", model_args=f"model=other,max_retries=1,{address(server)}")
+
+
+@pytest.mark.parametrize("server", ["added"], indirect=True)
+def test_conversations_are_answered_the_same_as_in_process(server, tasks, tmp_path):
+    described = dict(model="local-chat-completions", model_args=address(server, "/v1/chat/completions"), batch_size=1)
+    ours, theirs = (numbers(evaluated(server, tasks, tmp_path, "write", apply_chat_template=True, **more)) for more in ({}, described))
+    assert ours == theirs
