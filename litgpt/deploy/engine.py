@@ -184,7 +184,7 @@ class Engine:
         with self._changed:
             n = sum(ticket.adapter == adapter for ticket in (*self._waiting, *self._running.values()))
             if n:
-                raise UserError(f"{n} requests use the adapter {adapter!r}. Unload it when they have ended.")
+                raise UserError(f"The adapter {adapter!r} is in use ({n}). Unload it when its requests have ended.")
             if self.adapters is None or adapter not in self.adapters.names:
                 raise UserError(f"There is no adapter {adapter!r}.")
             self.batch.forget(self.adapters.slot(adapter))

@@ -84,6 +84,8 @@ def _encode(style: PromptStyle, tokenizer: Tokenizer, pieces: Sequence[Iterable]
         known = len(ids) - done  # byte tokens may claim characters of their neighbours, but none on the other side of a prompt's end
         ids[done:] = new
         last_characters += [min(max(called_from + stop - 1, previous), end - 1) for _, stop in spans[known:]]
+        settled = next((i for i in range(len(new) - 1, 0, -1) if new[i] in tokenizer.special_ids), 0)
+        done, called_from = done + settled, called_from + (spans[settled][0] if settled else 0)  # no text before it is encoded with it
     trained = [pieces[min(bisect_right(ends, last), len(pieces) - 1)].trained for last in last_characters]
     if style.adds_bos and tokenizer.use_bos:
         begun = tokenizer.begin(ids)

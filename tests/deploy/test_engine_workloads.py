@@ -174,7 +174,7 @@ def test_an_adapter_that_requests_use_is_not_unloaded(loaded):
             request.adapter, request.n, request.stop = adapter, 15, []
             request.submit(engine)
         for name, n in (("some", 2), ("all", 1)):  # one runs, two wait
-            with pytest.raises(UserError, match=f"{n} requests use the adapter '{name}'"):
+            with pytest.raises(UserError, match=rf"adapter '{name}' is in use \({n}\)"):
                 engine.call(lambda name=name: engine.unload(name)).result(10)
         with pytest.raises(UserError, match="There is no adapter 'other'"):
             engine.call(lambda: engine.unload("other")).result(10)

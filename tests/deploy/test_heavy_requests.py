@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -83,29 +83,60 @@ def test_what_takes_long_is_done_one_after_the_other_while_short_requests_go_on(
         assert waited < 2  # of 3.6
 
 
-def test_who_waits_too_long_for_its_turn_is_told_when_to_come_again(checkpoint, monkeypatch):
+class Held:
+    """Work of a request that goes on until the test lets it end."""
+
+    def __init__(self) -> None:
+        self.begun, self.end = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.begun.set()
+        assert self.end.wait(30)
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    found = Held()
+    yield found
+    found.end.set()
+
+
+def test_who_waits_too_long_for_its_turn_is_told_when_to_come_again(checkpoint, monkeypatch, held):
     monkeypatch.setattr(service, "TURN", 0.05)
     with serving(checkpoint) as server:
-        monkeypatch.setattr(server.service, "grammar", lambda *_: time.sleep(0.5))
+        monkeypatch.setattr(server.service, "grammar", lambda *_: held.wait())
         fields = {"messages": HI, "max_tokens": 1, "response_format": SCHEMA}
-        answers = together(*[lambda: server.post(CHAT, fields)] * 4)
-        assert sorted(answer.status_code for answer in answers) == [200, 429, 429, 429]
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert int(refused.headers["retry-after"]) >= 1
-        assert refused.json()["error"]["code"] == "queue_full"
+
+        def others() -> list:
+            assert held.begun.wait(30)
+            refused = [server.post(CHAT, fields) for _ in range(3)]
+            held.end.set()
+            return refused
+
+        first, refused = together(lambda: server.post(CHAT, fields), others)
+        assert first.status_code == 200
+        for answer in refused:
+            assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "queue_full"
         assert server.post(CHAT, fields).status_code == 200, "the turn was given back"
 
 
-def test_requests_with_long_bodies_wait_for_each_other(checkpoint, monkeypatch):
+def test_requests_with_long_bodies_wait_for_each_other(checkpoint, monkeypatch, held):
     monkeypatch.setattr(answering, "LONG", 100)
     monkeypatch.setattr(service, "TURN", 0.05)
+    long, short = {"prompt": "hay " * 30, "max_tokens": 1}, {"prompt": "hay", "max_tokens": 1}
     with serving(checkpoint) as server:
         original = completions.make_plan
-        monkeypatch.setattr(completions, "make_plan", lambda *args: (time.sleep(0.5), original(*args))[1])
-        long, short = {"prompt": "hay " * 30, "max_tokens": 1}, {"prompt": "hay", "max_tokens": 1}
-        answers = together(*[lambda: server.post(TEXT, long).status_code] * 3, *[lambda: server.post(TEXT, short).status_code] * 2)
-        assert sorted(answers[:3]) == [200, 429, 429]
-        assert answers[3:] == [200, 200]
+        monkeypatch.setattr(completions, "make_plan", lambda made, body: (body.prompt == "hay" or held.wait(), original(made, body))[1])
+
+        def others() -> list[int]:
+            assert held.begun.wait(30)
+            statuses = [server.post(TEXT, body).status_code for body in (long, short)]
+            held.end.set()
+            return statuses
+
+        first, statuses = together(lambda: server.post(TEXT, long).status_code, others)
+        assert (first, statuses) == (200, [429, 200])
 
 
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])

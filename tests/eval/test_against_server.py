@@ -13,19 +13,20 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
 from litgpt.errors import UserError
-from litgpt.eval.evaluate import convert_and_evaluate
+from litgpt.eval.evaluate import convert_and_evaluate, server_args
+from litgpt.eval.harness import as_lm
 from litgpt.tokenizer import Tokenizer
 
 CONTEXT = 1024  # all texts are shorter: lm-eval gives a server's model one token less than there is
 
 
 @pytest.fixture(scope="module")
-def wide(checkpoint, tmp_path_factory) -> Callable[[str], Path]:
-    """Makes a checkpoint in whose context all texts have room, and whose likeliest token often is EOS."""
+def wide(checkpoint, tmp_path_factory) -> Callable[..., Path]:
+    """Makes a checkpoint in whose context all texts have room, and whose likeliest token often, or never, is EOS."""
     folder = tmp_path_factory.mktemp("wide")
 
-    def make(bos: str) -> Path:
-        copy = folder / bos
+    def make(bos: str, ends_often: bool = True) -> Path:
+        copy = folder / f"{bos}-{ends_often}"
         if not copy.exists():
             copy.mkdir()
             for file in checkpoint("llama", bos).iterdir():
@@ -33,7 +34,7 @@ def wide(checkpoint, tmp_path_factory) -> Callable[[str], Path]:
             config = json.loads((copy / "config.json").read_text())
             (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
             weights = load_file(copy / "model.safetensors")
-            weights["lm_head.weight"][Tokenizer(copy).eos_id] *= 6
+            weights["lm_head.weight"][Tokenizer(copy).eos_id] *= 6 if ends_often else 0
             save_file(weights, copy / "model.safetensors", {"format": "pt"})
         return copy
 
@@ -111,8 +112,17 @@ def test_a_server_of_another_model_is_named(server, tasks, tmp_path):
         evaluated(server, tasks, tmp_path, "choose", model="local-completions", model_args=f"model=other,max_retries=1,{address(server)}")
 
 
-@pytest.mark.parametrize("server", ["added"], indirect=True)
-def test_conversations_are_answered_the_same_as_in_process(server, tasks, tmp_path):
-    described = dict(model="local-chat-completions", model_args=address(server, "/v1/chat/completions"), batch_size=1)
-    ours, theirs = (numbers(evaluated(server, tasks, tmp_path, "write", apply_chat_template=True, **more)) for more in ({}, described))
+def answers(model, tasks: Path, **options) -> list[list[str]]:
+    """The texts that a model writes for a task."""
+    manager = TaskManager(include_path=str(tasks))
+    found = simple_evaluate(model, tasks=["write"], task_manager=manager, log_samples=True, bootstrap_iters=0, **options)
+    return [sample["resps"][0] for sample in sorted(found["samples"]["write"], key=lambda sample: sample["doc_id"])]
+
+
+@pytest.mark.parametrize("bos", ["added", "named", "none"])
+def test_answers_are_the_same_texts_as_in_process(wide, tasks, bos):
+    with serving(wide(bos, False), name=bos) as server:
+        described = server_args(server.speaker.folder, f"model={bos},{address(server)}")
+        ours, theirs = answers(as_lm(server.speaker, 2), tasks), answers("local-completions", tasks, model_args=described)
     assert ours == theirs
+    assert len(set(map(tuple, ours))) > 2
