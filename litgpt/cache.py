@@ -1,20 +1,31 @@
 """What the layers of a model remember between calls, for many rows of different lengths."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from mmap import mmap
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 CHUNK = 2048  # the most prompt tokens that one call of a model should see: more would only cost memory
+LAZY = 2**20  # bytes from which on memory is taken as it is used
 
 
 def upload(values: list, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Return the numbers as a tensor on the device, without waiting for it."""
     tensor = torch.tensor(values, dtype=dtype, device="cpu")
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def empty_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros. On a CPU, large ones take memory only where they are written to: the system gives pages as they are touched."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or n_bytes < LAZY:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap(-1, n_bytes), dtype=dtype).view(shape)
 
 
 class State(Protocol):
@@ -45,7 +56,7 @@ class KeyValues:
         """
         size = length if window is None else min(length, window - 1 + chunk)
         shape = (rows, groups, size + 1, head_size)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        keys, values = (empty_memory(shape, dtype, device) for _ in range(2))
         return cls(keys, values, window, rewinds_freely=size == length)
 
     @property
@@ -93,7 +104,7 @@ class Latents(KeyValues):
     ) -> "Latents":
         """Return the empty memory of one layer; see `KeyValues.zeros`."""
         size = length if window is None else min(length, window - 1 + chunk)
-        keys = torch.zeros((rows, 1, size + 1, width), dtype=dtype, device=device)
+        keys = empty_memory((rows, 1, size + 1, width), dtype, device)
         return cls(keys, keys, window, rewinds_freely=size == length)
 
     def parts(self, row: int, length: int) -> list[Tensor]:

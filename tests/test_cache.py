@@ -2,6 +2,7 @@
 
 import random
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt.attention import Segments
-from litgpt.cache import DeltaState, Latents, Recent
+from litgpt.cache import DeltaState, Latents, Recent, empty_memory
 from litgpt.config import Config
 from litgpt.model import GPT
 
@@ -234,3 +235,18 @@ def test_what_a_token_costs_does_not_grow_in_recurrent_layers():
         if isinstance(short, Recent):
             assert [part.shape for part in short.parts(0, 40)] == [part.shape for part in long.parts(0, 4000)]
     assert {type(state) for state in states[0]} >= {Latents, Recent, DeltaState}
+
+
+def test_memory_on_a_cpu_is_taken_as_it_is_used():
+    def resident():
+        return psutil.Process().memory_info().rss
+
+    before = resident()
+    memory = empty_memory((2**14, 2**14), torch.bfloat16, torch.device("cpu"))  # half a GB
+    assert resident() - before < 2**24
+    assert memory[:: 2**12].count_nonzero() == 0 and memory.shape == (2**14, 2**14)
+    memory[:256] = 1
+    assert 2**22 < resident() - before < 2**27
+    assert memory[255:257, 0].tolist() == [1, 0]
+    del memory
+    assert resident() - before < 2**24
