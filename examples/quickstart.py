@@ -33,7 +33,8 @@ def main(options: list[str]) -> int:
     print("Asking the finetuned model ...", flush=True)
     for question, old, new in zip(QUESTIONS, before, answers(run / "final"), strict=True):
         print(f"\n{question}\n  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. Talk to it with: litgpt chat {run / 'final'}")
+    command = Path(sys.executable).with_name("litgpt")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Talk to it with: {command} chat {run / 'final'}")
     return 0
 
 

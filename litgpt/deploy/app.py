@@ -63,7 +63,7 @@ WRONG: dict[int | str, dict[str, Any]] = {
 }
 STREAMED: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # of each event
 KIND = re.compile(r"str|[\w-]+\[.*\]|[A-Z]\w+")  # a form that a value may have, which pydantic writes among the names of fields
-MISSPELLED = {"extra_forbidden": "is not a field that is supported here", "missing": "is missing"}
+MISSPELLED = {"extra_forbidden": "is not a field that is supported here", "missing": "is missing", "none_required": "is not supported here"}
 
 
 class StrictJSON(APIRoute):
@@ -348,6 +348,8 @@ async def _on_wrong_field(request: Request, error: RequestValidationError) -> Re
         return _response(ApiError(400, "The body must be a JSON object, sent as `Content-Type: application/json`."))
     name = ".".join(path)[:200]
     what = MISSPELLED.get(found["type"], f"is wrong: {found['msg'].removeprefix('Value error, ')}")
+    if path == ["logit_bias"]:  # an empty one is taken
+        what = MISSPELLED["none_required"]
     code = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}.get(found["type"], "invalid_value")
     return _response(ApiError(400, f"{name!a} {what}.", name, code))
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import socket
+from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest
@@ -151,10 +152,10 @@ def test_flags_are_read_as_the_command_line_gives_them():
 
 
 def test_every_flag_is_explained():
-    text = " ".join(cli.make_parser(run_server, "serve").format_help().split())
-    for name in inspect.signature(run_server).parameters:
-        assert re.search(rf"--{name} \S.*?|{name} ", text)
-    assert "Prints one line as soon as it answers" in text
+    parser = cli.make_parser(run_server, "serve")
+    explained = {action.dest for action in parser._actions if action.help and action.help != SUPPRESS}
+    assert explained >= inspect.signature(run_server).parameters.keys()
+    assert "Prints one line as soon as it answers" in " ".join(parser.format_help().split())
 
 
 # A server with a key

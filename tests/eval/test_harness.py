@@ -88,10 +88,10 @@ def test_text_before_a_stop_string_is_cut_as_by_transformers(checkpoint):
 
 def test_drawn_answers_are_repeatable_and_do_not_depend_on_the_batch_size(checkpoint):
     asked = requests("generate_until", *((text[:100], SAMPLED) for text in TEXTS))
-    found = []
+    folder, found = checkpoint(), []
     for batch_size in (1, 3, None):
         torch.manual_seed(5)
-        found.append(ours(checkpoint(), batch_size).generate_until(asked, disable_tqdm=True))
+        found.append(ours(folder, batch_size).generate_until(asked, disable_tqdm=True))
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == len(TEXTS)
 

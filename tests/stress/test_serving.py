@@ -17,7 +17,7 @@ from deploy.test_life import first_token, half_open, stalled
 pytestmark = pytest.mark.stress
 SEED = int(os.environ.get("STRESS_SEED", 0))
 N_ENDS = int(os.environ.get("STRESS_ENDS", 20))
-N_REQUESTS = int(os.environ.get("STRESS_REQUESTS", 5000))
+N_REQUESTS = int(os.environ.get("STRESS_REQUESTS", 5040))
 N_CANCELS = int(os.environ.get("STRESS_CANCELS", 2000))
 MOST_THREADS = 2 + min(32, (os.cpu_count() or 1) + 4)  # the event loop's, the engine's, and asyncio's workers
 N_FUZZED = int(os.environ.get("STRESS_FUZZED", 10_000))
