@@ -549,7 +549,7 @@ def test_a_template_takes_variables():
     ],
 )
 def test_a_hostile_template_ends_in_one_sentence(monkeypatch, template, reason):
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.3 if "longer" in reason else 5.0)  # a busy machine may stall for a moment
     monkeypatch.setattr(sandbox, "MAX_CHARACTERS", 10**6)
     with pytest.raises(UserError, match=reason):
         ChatTemplate(template).apply("x")
