@@ -140,7 +140,7 @@ def test_the_ids_of_a_conversation_begin_with_those_that_are_served(folder, ours
             ids, _ = samples[index if len(samples) > 1 else 0]
             assert ids[: len(prompt)] == prompt, label
         if len(samples) == 1 and expected[: len(before[-1])] == before[-1]:
-            assert samples[0][0] == expected, label
+            assert samples[0][0] in (expected, [*expected, ours.eos_id]), label  # GLM 4's ends an answer by the next question alone
             n_equal += 1
     assert n_equal >= 2 or opens_a_thought(theirs, template)
 

@@ -325,7 +325,7 @@ def test_the_answers_and_what_ends_them_are_trained_on(tokenizers, name):
         assert spelled.count(end) == 2 and spelled[-1] == end, label
         assert text.replace(" ", "") == "onetwothree"
         assert [tokenizer.token_to_id(end)] in style.stop_tokens(tokenizer)
-        [(again, all_trained)] = encode_training(style, tokenizer, [user("P"), assistant("one two")], mask_prompt=False)
+        [(again, all_trained)] = encode_training(style, tokenizer, [user("P"), assistant("one two")], train_on="all")
         assert all(all_trained) and again == ids[: len(again)]
 
 

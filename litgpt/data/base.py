@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -14,17 +14,20 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from litgpt.config import Config
-from litgpt.errors import UserError, did_you_mean
+from litgpt.data.records import messages_of, shown, tools_of
+from litgpt.errors import UserError
 from litgpt.loss import IGNORED
-from litgpt.prompts import PromptStyle, encode_training, find_prompt_style
+from litgpt.prompts import Message, PromptStyle, encode_training, find_prompt_style
+from litgpt.prompts.encode import TrainOn
 from litgpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Message = dict[str, Any]
 Collate = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+Truncation = Literal["drop", "left", "right", "error"]
 
-SPEAKERS = {"human": "user", "gpt": "assistant"}  # what `conversations` calls them
+NAMED = 3  # so many samples are named where some are cut or dropped
+TOO_LONG, NO_TARGET = "longer than `max_seq_length`", "without a target"  # why samples are dropped
 
 
 class DataModule(LightningDataModule):
@@ -82,8 +85,14 @@ class DataModule(LightningDataModule):
 class SFTModule(DataModule):
     """Base of the data sets for finetuning: a subclass only has to say in `records` what its samples are."""
 
-    mask_prompt: bool = True
-    """Whether only the answers are trained on, and not the prompts."""
+    train_on: TrainOn | None = None
+    """What is learned: every answer of the `assistant` and the token that ends it, only the `last` answer of a conversation, or `all`,
+    the prompts too. By default `assistant`, or `all` if `mask_prompt` is false."""
+    mask_prompt: bool | None = None
+    """Whether only answers are trained on, and not the prompts: true is `train_on` `assistant`, false is `all`. By default as it says."""
+    truncation: Truncation = "right"
+    """What happens to samples of more than `max_seq_length` tokens: they lose their end (`right`) or their beginning (`left`), or are
+    left out (`drop`), all of which is counted and reported; or the run does not begin (`error`)."""
     prompt_style: str | PromptStyle | None = None
     """How a prompt is written. By default as the checkpoint says: its own prompt style, else its chat template, else `alpaca`."""
     ignore_index: int = IGNORED
@@ -95,6 +104,9 @@ class SFTModule(DataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        trained = what_is_trained(self.train_on, self.mask_prompt)
+        if self.mask_prompt is None:
+            self.mask_prompt = trained != "all"
 
     def records(self) -> tuple[Sequence[Mapping], Sequence[Mapping]]:
         """The samples to train on and those to validate on."""
@@ -104,14 +116,18 @@ class SFTModule(DataModule):
         """Read the samples and encode each once."""
         if self.tokenizer is None:
             raise UserError(f"{type(self).__name__} needs a tokenizer. Give it one with `connect`.")
-        train, val = self.records()
-        style = self._style()
-        self.train_dataset, self.val_dataset = (
-            SFTDataset(data, self.tokenizer, style, self.max_seq_length, self.mask_prompt, self.ignore_index) for data in (train, val)
+        options = dict(
+            prompt_style=self._style(),
+            max_seq_length=self.max_seq_length,
+            ignore_index=self.ignore_index,
+            train_on=what_is_trained(self.train_on, self.mask_prompt),
+            truncation=self.truncation,
         )
+        self.train_dataset, self.val_dataset = (SFTDataset(data, self.tokenizer, **options) for data in self.records())
         self.collate_fn = get_sft_collate_fn(self.max_seq_length, ignore_index=self.ignore_index)
         if len(self.train_dataset) == 0:
-            raise UserError(f"No answer begins within `max_seq_length` {self.max_seq_length}, so there is nothing to train on. Raise it.")
+            n, length = len(self.train_dataset.data), self.max_seq_length
+            raise UserError(f"All {n} samples are dropped at `max_seq_length` {length}, so there is nothing to train on. Raise it.")
 
     def _style(self) -> PromptStyle:
         folder = self.tokenizer.checkpoint_dir
@@ -122,36 +138,49 @@ class SFTModule(DataModule):
         return find_prompt_style(folder, self.tokenizer, self.prompt_style, config=config, for_instructions=True)
 
 
-class Record(dict):
-    """One sample as a file holds it, and `place`, which names that file and where in it."""
+def what_is_trained(train_on: TrainOn | None, mask_prompt: bool | None) -> TrainOn:
+    """Which tokens are trained on, by the option for that and the older one.
 
-    place: str = ""
+    Raises:
+        UserError: They contradict each other.
+    """
+    if train_on is None:
+        return "all" if mask_prompt is False else "assistant"
+    if mask_prompt is not None and mask_prompt == (train_on == "all"):
+        raise UserError(f"`mask_prompt` is {str(mask_prompt).lower()}, but `train_on` is {train_on!r}. Leave one of them out.")
+    return train_on
 
 
 class SFTDataset(Dataset):
     """Finetuning samples, each encoded once: `{"input_ids": (T,), "labels": (T,)}`, both int64.
 
     Labels are the ids themselves, not shifted, with `ignore_index` where a token is not trained on. A sample may become several
-    (a conversation whose prompts are not prefixes of each other), or none, when `max_seq_length` leaves nothing of its answers.
+    (a conversation whose prompts are not prefixes of each other), or none, if it is dropped.
 
     Args:
-        data: Mappings with `instruction`, `output` and maybe `input`, or with `messages`, a list of `{"role": ..., "content": ...}`.
+        data: Mappings with `instruction`, `output` and maybe `input`, or with `messages`, a list of `{"role": ..., "content": ...}`, and
+            maybe `tools`; see `messages_of`.
         tokenizer: Turns text into ids.
         prompt_style: How a prompt is written, or its name.
-        max_seq_length: Longer samples are cut at the end; -1 leaves them whole.
+        max_seq_length: Longer samples are handled as `truncation` says; -1 leaves them whole.
         mask_prompt: Whether only answers are trained on.
         ignore_index: The label of what is not trained on.
         transform: Applied to a copy of each mapping first.
+        train_on: Whether all answers (`assistant`), the `last` one, or `all` tokens are trained on. By default as `mask_prompt` says.
+        truncation: Whether a sample that is too long loses its end (`right`), its beginning without the BOS token (`left`), is left out
+            (`drop`), or is refused (`error`).
 
     Attributes:
         data: The mappings, as they were given.
         lengths: The number of tokens of each sample.
+        n_targets: The number of tokens of each sample that are trained on.
         highest_id: The highest token id of all samples.
-        n_cut: How many samples were longer than `max_seq_length`.
-        n_dropped: How many of those had nothing left to train on, and are missing.
+        cut: Which of `data` were too long and are cut, once for each sample that was.
+        dropped: Which of `data` are missing, by the reason.
+        n_lost: How many tokens are missing by either.
 
     Raises:
-        UserError: A sample misses a key, or a value is not text.
+        UserError: A sample misses a key, a value is not text, the prompt style cannot write it, or it is too long.
     """
 
     def __init__(
@@ -163,18 +192,34 @@ class SFTDataset(Dataset):
         mask_prompt: bool = True,
         ignore_index: int = IGNORED,
         transform: Callable[[Any], Any] | None = None,
+        train_on: TrainOn | None = None,
+        truncation: Truncation = "right",
     ) -> None:
         self.data = data
         self.tokenizer = tokenizer
         self.prompt_style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style
         self.max_seq_length = max_seq_length
-        self.mask_prompt = mask_prompt
+        self.train_on = what_is_trained(train_on, None if mask_prompt else False)  # true is the default, and contradicts nothing
+        self.truncation = truncation
         self.ignore_index = ignore_index
         self.transform = transform
         self.lengths: list[int] = []
-        self.n_cut = self.n_dropped = 0
+        self.n_targets: list[int] = []
+        self.cut: list[int] = []
+        self.dropped: dict[str, list[int]] = {TOO_LONG: [], NO_TARGET: []}
+        self.n_lost = 0
         self._encode()
         self._report()
+
+    @property
+    def n_cut(self) -> int:
+        """How many samples were longer than `max_seq_length`, and are cut."""
+        return len(self.cut)
+
+    @property
+    def n_dropped(self) -> int:
+        """How many samples are missing, because they were too long or had nothing to train on."""
+        return sum(map(len, self.dropped.values()))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -188,103 +233,89 @@ class SFTDataset(Dataset):
 
     def messages(self, index: int) -> list[Message]:
         """The messages of `data[index]`, answers included."""
-        record = self.data[index]
-        return messages_of(record if self.transform is None else self.transform(dict(record)))
+        return self._read(index)[1]
+
+    def style_of(self, index: int) -> PromptStyle:
+        """How `data[index]` is written: the prompt style, which also tells the model of the sample's own functions, if it has some."""
+        return self._read(index)[0]
 
     def example(self, index: int) -> tuple[list[Message], str]:
         """The messages of `data[index]` that lead to its last answer, and that answer."""
         messages = self.messages(index)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return messages[:last], messages[last]["content"]
+        return messages[:last], messages[last]["content"] or ""  # a call of a function may have no text
+
+    def place(self, index: int) -> str:
+        """Where `data[index]` comes from, in words."""
+        return getattr(self.data[index], "place", "") or f"Sample {index}"
+
+    def _read(self, index: int) -> tuple[PromptStyle, list[Message]]:
+        """Return how a record is written, and its messages."""
+        record = self.data[index] if self.transform is None else self.transform(dict(self.data[index]))
+        messages, tools = messages_of(record), tools_of(record)
+        style = self.prompt_style.with_tools(tools) if tools else self.prompt_style
+        return style, style.suited(messages)
+
+    def _encoded(self, index: int) -> list[tuple[list[int], list[bool]]]:
+        """Return the ids of the samples that a record becomes, and which of them are trained on."""
+        try:
+            style, messages = self._read(index)
+            return encode_training(style, self.tokenizer, messages, train_on=self.train_on)
+        except UserError as error:
+            place = getattr(self.data[index], "place", "") or f"Sample {index}, {shown(self.data[index])}"
+            raise UserError(f"{place}: {error}") from None
 
     def _encode(self) -> None:
         all_ids, all_trained = array("i"), bytearray()
         for index in range(len(self.data)):
-            try:
-                encoded = encode_training(self.prompt_style, self.tokenizer, self.messages(index), mask_prompt=self.mask_prompt)
-            except UserError as error:
-                place = getattr(self.data[index], "place", "") or f"Sample {index}, {_shown(self.data[index])}"
-                raise UserError(f"{place}: {error}") from None
-            for ids, trained in encoded:
-                if 0 < self.max_seq_length < len(ids):
-                    ids, trained = ids[: self.max_seq_length], trained[: self.max_seq_length]
-                    self.n_cut += 1
-                if not any(trained[1:]):  # nothing predicts the first token
-                    self.n_dropped += 1
-                    continue
-                all_ids.extend(ids)
-                all_trained.extend(trained)
-                self.lengths.append(len(ids))
+            for ids, trained in self._encoded(index):
+                n_whole = len(ids)
+                if 0 < self.max_seq_length < n_whole:
+                    ids, trained = self._shortened(index, ids, trained)
+                n_targets = sum(trained[1:])  # nothing predicts the first token
+                self.n_lost += n_whole - (len(ids) if n_targets else 0)
+                if n_targets:
+                    all_ids.extend(ids)
+                    all_trained.extend(trained)
+                    self.lengths.append(len(ids))
+                    self.n_targets.append(n_targets)
+                elif ids:
+                    self.dropped[NO_TARGET].append(index)
         self._ids = torch.tensor(all_ids, dtype=torch.int32)
         self._trained = torch.tensor(all_trained, dtype=torch.bool)
         self.highest_id = max(all_ids, default=-1)
         ends = torch.tensor(self.lengths, dtype=torch.int64).cumsum(0)
         self._starts = (ends - torch.tensor(self.lengths, dtype=torch.int64)).tolist()
 
+    def _shortened(self, index: int, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
+        """Return what is left of a sample that is too long, which is nothing if it is dropped."""
+        if self.truncation == "error":
+            raise UserError(
+                f"{self.place(index)} is {len(ids)} tokens long, but `max_seq_length` is {self.max_seq_length}. Raise it, or let "
+                "`truncation` be 'right', 'left' or 'drop'."
+            )
+        if self.truncation == "drop":
+            self.dropped[TOO_LONG].append(index)
+            return [], []
+        self.cut.append(index)
+        if self.truncation == "right":
+            return ids[: self.max_seq_length], trained[: self.max_seq_length]
+        n_kept = 1 if ids[0] == self.tokenizer.bos_id else 0
+        start = len(ids) - self.max_seq_length + n_kept
+        return ids[:n_kept] + ids[start:], trained[:n_kept] + trained[start:]
+
     def _report(self) -> None:
-        total = len(self) + self.n_dropped
-        if self.n_cut:
-            log.warning("%d of %d samples were longer than %d tokens and are cut.", self.n_cut, total, self.max_seq_length)
-        if self.n_dropped:
-            log.warning("%d of %d samples had nothing left to train on and are dropped.", self.n_dropped, total)
-
-
-def messages_of(record: Mapping[str, Any]) -> list[Message]:
-    """The messages of one record, checked; an `input` is a key of the user's message.
-
-    Args:
-        record: A mapping with `instruction`, `output` and maybe `input`; or with `messages` (`role`, `content`); or with `conversations`
-            (`from`, `value`). Other keys do not matter.
-
-    Raises:
-        UserError: A key is missing, or a value is not text.
-    """
-    if not isinstance(record, Mapping):
-        raise UserError(
-            f"A record must be a mapping with the keys `instruction` and `output`, or `messages`, but this is {_shown(record)}."
-        )
-    if "messages" in record:
-        return _checked_messages(record["messages"], "messages", "role", "content")
-    if "conversations" in record:
-        messages = _checked_messages(record["conversations"], "conversations", "from", "value")
-        return [message | {"role": SPEAKERS.get(message["role"], message["role"])} for message in messages]
-    for key in ("instruction", "output"):
-        if key not in record:
-            raise UserError(f"The key `{key}` is missing. It has {_keys(record)}.{did_you_mean(key, map(str, record))}")
-        if not isinstance(record[key], str):
-            raise UserError(f"`{key}` must be text, but is {_shown(record[key])}.")
-    user: Message = {"role": "user", "content": record["instruction"]}
-    if record.get("input") is not None:
-        if not isinstance(record["input"], str):
-            raise UserError(f"`input` must be text, but is {_shown(record['input'])}.")
-        if record["input"]:
-            user["input"] = record["input"]
-    return [user, {"role": "assistant", "content": record["output"]}]
-
-
-def _checked_messages(messages: Any, key: str, role: str, content: str) -> list[Message]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"`{key}` must be a list of messages with the keys `{role}` and `{content}`, but is {_shown(messages)}.")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        for part in (role, content):
-            if not isinstance(message, Mapping) or not isinstance(message.get(part), str):
-                found = _shown(message.get(part)) if isinstance(message, Mapping) and part in message else f"missing in {_shown(message)}"
-                raise UserError(f"`{part}` of message {number} in `{key}` must be text, but is {found}.")
-        rest = {name: value for name, value in message.items() if name not in (role, content)}
-        checked.append({"role": message[role], "content": message[content]} | rest)
-    if not any(SPEAKERS.get(message["role"], message["role"]) == "assistant" for message in checked):
-        raise UserError(f"`{key}` has no message of the role `assistant`, so there is nothing to train on.")
-    return checked
-
-
-def _keys(record: Mapping[str, Any]) -> str:
-    return "the keys " + ", ".join(f"`{key}`" for key in record) if record else "no keys"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        total, left_out = len(self) + self.n_dropped, self.dropped[TOO_LONG]
+        lost = f"{100 * self.n_lost / max(1, self.n_lost + sum(self.lengths)):.1f}% of all tokens are lost"
+        what = "lose their end" if self.truncation == "right" else "lose their beginning"
+        for indexes, why in (
+            (self.cut, f"are longer than {self.max_seq_length} tokens and {what}; {lost}"),
+            (left_out, f"are longer than {self.max_seq_length} tokens and are dropped; {lost}"),
+            (self.dropped[NO_TARGET], "had nothing left to train on and are dropped"),
+        ):
+            if indexes:
+                named = [self.place(index) for index in indexes[:NAMED]] + (["..."] if len(indexes) > NAMED else [])
+                log.warning("%d of %d samples %s: %s", len(indexes), total, why, ", ".join(named))
 
 
 def split(data: Sequence, fraction: float, seed: int) -> tuple[list, list]:

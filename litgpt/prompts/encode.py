@@ -1,11 +1,15 @@
 """From messages to token ids: what a model is given, and what it is trained on."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import accumulate, pairwise
+from typing import Literal
 
 from litgpt.errors import UserError
 from litgpt.prompts.style import Message, Piece, PromptStyle, as_messages
 from litgpt.tokenizer import Tokenizer
+
+TrainOn = Literal["assistant", "last", "all"]
 
 
 def encode_prompt(style: PromptStyle, tokenizer: Tokenizer, messages: list[Message], *, sys_prompt: str | None = None) -> list[int]:
@@ -23,11 +27,11 @@ def encode_prompt(style: PromptStyle, tokenizer: Tokenizer, messages: list[Messa
     messages = as_messages(messages, sys_prompt)
     if messages[-1]["role"] == "assistant":
         raise UserError("The last message is the assistant's, so there is nothing to answer. End with what the user says.")
-    return _encode(style, tokenizer, style.pieces(messages, style.turn_end(tokenizer)))[0]
+    return _encode(style, tokenizer, _pieces(style.pieces(messages, style.turn_end(tokenizer))))[0]
 
 
 def encode_training(
-    style: PromptStyle, tokenizer: Tokenizer, messages: list[Message], *, mask_prompt: bool = True
+    style: PromptStyle, tokenizer: Tokenizer, messages: list[Message], *, train_on: TrainOn = "assistant"
 ) -> list[tuple[list[int], list[bool]]]:
     """Return the samples that a conversation is trained on: their ids, and which of them are targets.
 
@@ -38,7 +42,7 @@ def encode_training(
         style: How the messages are written.
         tokenizer: The tokenizer.
         messages: The conversation; what follows the last answer is left out.
-        mask_prompt: Whether only answers and the tokens that end them are trained on, instead of everything.
+        train_on: Whether the targets are the answers and the tokens that end them (`assistant`), the `last` answer alone, or `all` tokens.
 
     Raises:
         UserError: The messages are not a conversation with an answer.
@@ -50,30 +54,34 @@ def encode_training(
         raise UserError("A conversation to train on needs a message from 'assistant'.")
     encoded = []
     samples = style.samples(messages, style.turn_end(tokenizer))
-    for pieces in samples:
-        if len(samples) > 1:  # earlier answers have samples of their own
-            start = max(i for i, piece in enumerate(pieces) if piece.answers)
-            pieces = [piece._replace(trained=piece.trained and i >= start) for i, piece in enumerate(pieces)]
-        ids, trained = _encode(style, tokenizer, pieces)
-        encoded.append((ids, _without_space_after_end(tokenizer, ids, trained) if mask_prompt else [True] * len(ids)))
+    for pieces in samples[-1:] if train_on == "last" else samples:
+        pieces = _pieces(pieces)
+        if (len(samples) > 1 or train_on == "last") and (answers := _answers(pieces)):  # earlier answers have samples of their own, or none
+            pieces = [piece._replace(trained=piece.trained and i >= answers[-1]) for i, piece in enumerate(pieces)]
+        ids, trained = _ended(style, tokenizer, *_encode(style, tokenizer, pieces))
+        encoded.append((ids, [True] * len(ids) if train_on == "all" else trained))
     return encoded
 
 
-def _encode(style: PromptStyle, tokenizer: Tokenizer, pieces: Sequence[Iterable]) -> tuple[list[int], list[bool]]:
+def _pieces(pieces: Iterable[Iterable]) -> list[Piece]:
+    return [Piece(*piece) for piece in pieces]  # a style may return pairs
+
+
+def _answers(pieces: list[Piece]) -> list[int]:
+    """Return at which pieces the text of a served prompt ends."""
+    follows = (piece.trained and not before.trained if piece.answers is None else piece.answers for before, piece in pairwise(pieces))
+    return [index for index, answers in enumerate(follows, start=1) if answers]
+
+
+def _encode(style: PromptStyle, tokenizer: Tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
     """Return the ids of pieces, and whether the piece of each id's last character is trained on.
 
     The text is encoded as a whole, unless the ids up to an answer would then differ from those of the prompt alone: there the rest is
     encoded on its own. So the ids of a prompt are always a prefix of those of the conversation that goes on from it.
     """
-    pieces = [Piece(*piece) for piece in pieces]  # a style may return pairs
     text = "".join(piece.text for piece in pieces)
-    ends, answers = [], []  # where pieces end, and where prompts end
-    for index, piece in enumerate(pieces):
-        start = ends[-1] if ends else 0
-        follows = piece.trained and index > 0 and not pieces[index - 1].trained
-        if start and (follows if piece.answers is None else piece.answers):
-            answers.append(start)
-        ends.append(start + len(piece.text))
+    ends = list(accumulate(len(piece.text) for piece in pieces))
+    answers = [start for start in (ends[index - 1] for index in _answers(pieces)) if start]  # where prompts end
     ids, last_characters = [], []
     done, called_from = 0, 0  # ids that are settled, and where the text of the newest call begins
     for previous, end in zip([0, *answers], [*answers, len(text)]):
@@ -93,15 +101,24 @@ def _encode(style: PromptStyle, tokenizer: Tokenizer, pieces: Sequence[Iterable]
     return ids, trained
 
 
-def _without_space_after_end(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[bool]:
-    """Leave out the white space that templates write after the token that ends an answer: a model stops before it."""
+def _ended(style: PromptStyle, tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
+    """Return ids and targets such that each answer is trained on up to the token that ends it, and no further.
+
+    Some templates leave that token out of what they mark, some write white space after it, before which a model stops, and some write
+    nothing behind the last answer: an EOS is added there.
+    """
     trained = list(trained)
     for run in range(len(ids), 0, -1):
         if not trained[run - 1] or (run < len(ids) and trained[run]):
             continue  # not the last token of an answer
+        if run < len(ids) and ids[run] in tokenizer.special_ids and ids[run - 1] not in tokenizer.special_ids:
+            trained[run] = [ids[run]] in style.stop_tokens(tokenizer)
         last = run
         while last and trained[last - 1] and ids[last - 1] not in tokenizer.special_ids and not tokenizer.decode([ids[last - 1]]).strip():
             last -= 1
         if last and ids[last - 1] in tokenizer.special_ids:
             trained[last:run] = [False] * (run - last)
-    return trained
+    if trained and trained[-1] and ids[-1] not in tokenizer.special_ids and tokenizer.eos_id is not None:
+        if not any(ids[-len(stop) :] == stop for stop in style.stop_tokens(tokenizer)):
+            return [*ids, tokenizer.eos_id], [*trained, True]
+    return ids, trained

@@ -13,6 +13,7 @@ from litgpt.tokenizer import Tokenizer
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}; "input" may hold what an instruction is about
 
 ROLES = ("system", "user", "assistant")
+TEMPLATE_NEEDED = "Use a checkpoint whose chat template can, or leave such samples out."
 
 prompt_styles: dict[str, type["PromptStyle"]] = {}  # by name; a class puts itself here: `class Mine(PromptStyle, name="mine")`
 
@@ -126,6 +127,30 @@ class PromptStyle:
     def samples(self, messages: list[Message], end: str | None = None) -> list[list[Piece]]:
         """Return the conversation as it is trained on: once, or once for each answer, each time up to that answer."""
         return [self.pieces(messages, end)]
+
+    def with_tools(self, tools: list[dict[str, Any]]) -> "PromptStyle":
+        """Return the style as it also tells the model of functions that it may call.
+
+        Args:
+            tools: Their descriptions: `{"type": "function", "function": {"name": ..., ...}}`.
+
+        Raises:
+            UserError: The style has no place for them.
+        """
+        raise UserError(f"{type(self).__name__} cannot tell the model of `tools`. {TEMPLATE_NEEDED}")
+
+    def suited(self, messages: list[Message]) -> list[Message]:
+        """Return messages in the form in which this style writes all of them.
+
+        Args:
+            messages: A conversation, in which assistants may call functions.
+
+        Raises:
+            UserError: The style would leave out a part of them.
+        """
+        if (caller := next((index for index, message in enumerate(messages) if message.get("tool_calls")), None)) is not None:
+            raise UserError(f"Message {caller} calls a function, which {type(self).__name__} cannot write. {TEMPLATE_NEEDED}")
+        return messages
 
     def turn_end(self, tokenizer: Tokenizer) -> str:
         """Return what ends an answer: the style's token if the tokenizer has it, else EOS."""

@@ -1,5 +1,6 @@
 """The chat template of a checkpoint, as a prompt style."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from litgpt import names
 from litgpt.errors import UserError
 from litgpt.files import AGAIN
 from litgpt.prompts.sandbox import TooMuch, render
-from litgpt.prompts.style import Message, Piece, PromptStyle, as_messages, user_text
+from litgpt.prompts.style import TEMPLATE_NEEDED, Message, Piece, PromptStyle, as_messages, user_text
 from litgpt.tokenizer import Tokenizer, named_tokens, read_json
 
+QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}  # what a template is asked to write
+CALLED, GIVEN, RETURNED = "function_to_find", "argument_to_find", "outcome to find"
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts, the usual one first
 
 
@@ -31,6 +34,7 @@ class ChatTemplate(PromptStyle):
         self.special_tokens = special_tokens or {}
         self.variables = variables or {}
         self.init_args = {"variables": variables} if variables else {}
+        self._found: dict[Any, Any] = {}  # what was found out about the template, by having it write something
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: str | Path, variables: dict[str, Any] | None = None) -> "ChatTemplate":
@@ -64,20 +68,16 @@ class ChatTemplate(PromptStyle):
         turns = self._turns(messages, text)
         if turns is None:
             return [Piece(text)] if opened else self.samples(messages)[-1]
-        pieces, position = [], 0
-        for start, stop in turns:
-            pieces += [Piece(text[position:start]), *_answer(text, start, stop, marked)]
-            position = stop
-        return [piece for piece in (*pieces, Piece(text[position:])) if piece.text or piece.answers]
+        return _cut(text, turns, marked)
 
     def samples(self, messages: list[Message], end: str | None = None) -> list[list[Piece]]:
         """Return the conversation in pieces; one for each answer where the template changes earlier turns."""
         messages = as_messages(messages)
         if not _answers(messages):
             raise UserError("No answer follows what the user says, so there is nothing to train on. Leave such conversations out.")
-        text, _ = self.render(messages, False)
-        if self._turns(messages, text) is not None:
-            return [self.pieces(messages)]
+        text, marked = self.render(messages, False)
+        if (turns := self._turns(messages, text)) is not None:
+            return [_cut(text, turns, marked) if messages[-1]["role"] == "assistant" else self.pieces(messages)]
         samples = []
         for index in _answers(messages):
             prompt = self.pieces(messages[:index])
@@ -107,13 +107,10 @@ class ChatTemplate(PromptStyle):
         Raises:
             TooMuch: The template takes too long or too much space.
         """
-        try:
-            text, _ = self.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], False)
-        except TooMuch:
-            raise
-        except UserError:  # it wants other messages
-            return ""
-        ids = tokenizer.ids(text.rpartition("answer")[2].strip())
+        if "ending" not in self._found:
+            _, answered, ending = (self._written([QUESTION, ANSWER]) or "").rpartition(ANSWER["content"])
+            self._found["ending"] = ending.strip() if answered else ""
+        ids = tokenizer.ids(self._found["ending"])
         return tokenizer.text(ids[0]) if ids and ids[0] in tokenizer.special_ids else ""
 
     def stop_tokens(self, tokenizer: Tokenizer) -> tuple[list[int], ...]:
@@ -123,6 +120,118 @@ class ChatTemplate(PromptStyle):
         if end and (ids := [tokenizer.token_to_id(end)]) not in sequences:
             sequences.append(ids)
         return tuple(sequences)
+
+    def with_tools(self, tools: list[dict[str, Any]]) -> "ChatTemplate":
+        """Return the template as it also tells the model of functions that it may call.
+
+        Args:
+            tools: Their descriptions: `{"type": "function", "function": {"name": ..., ...}}`.
+
+        Raises:
+            UserError: The template does not mention them.
+        """
+        told = ChatTemplate(self.template, self.special_tokens, self.variables | {"tools": tools})
+        told._found = self._found
+        if "tools" not in self._found:
+            self._found["tools"] = told.render([QUESTION], True) != self.render([QUESTION], True)
+        if not self._found["tools"]:
+            raise UserError(f"The chat template does not tell the model of `tools`. {TEMPLATE_NEEDED}")
+        return told
+
+    def suited(self, messages: list[Message]) -> list[Message]:
+        """Return messages in the form in which the template writes all of them: texts alone or in parts, arguments as mappings or JSON.
+
+        Args:
+            messages: A conversation, in which assistants may call functions.
+
+        Raises:
+            UserError: The template would leave out a part of them.
+        """
+        for index, message in enumerate(messages):
+            if not self._writes_role(message["role"]):
+                raise UserError(f"Message {index} is from {message['role']!r}, which the chat template leaves out. {TEMPLATE_NEEDED}")
+        messages = [_in_parts(message) for message in messages] if self._reads_parts() else messages
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        if (form := self._form_of_arguments()) is None:
+            raise UserError(f"The chat template does not write calls of functions. {TEMPLATE_NEEDED}")
+        return messages if form is dict else [_with_arguments_as_json(message) for message in messages]
+
+    def _writes_role(self, role: str) -> bool:
+        """Say whether what is said in a role is written; where the template refuses to, its own words are better than ours."""
+        if role in ("user", "assistant"):
+            return True
+        key = (role, "tools" in self.variables)
+        if key not in self._found:
+            message = {"role": role, "content": RETURNED}
+            messages = [message, QUESTION, ANSWER]
+            if role == "tool":
+                call = _call(self._form_of_arguments() or dict)
+                messages = [QUESTION, call, message | {"name": CALLED, "tool_call_id": call["tool_calls"][0]["id"]}]
+            text = self._written(messages)
+            self._found[key] = text is None or RETURNED in text
+        return self._found[key]
+
+    def _form_of_arguments(self) -> type | None:
+        """Return whether a call's arguments have to be a `dict` or its JSON, a `str`; None if calls are not written at all."""
+        key = ("calls", "tools" in self.variables)
+        if key not in self._found:
+            texts = {form: self._written([QUESTION, _call(form)]) for form in (dict, str)}
+            written = [form for form, text in texts.items() if text is not None and CALLED in text and GIVEN in text]
+            refused = all(text is None for text in texts.values())  # it wants another conversation, and says so then
+            self._found[key] = dict if refused else (written or [None])[0]
+        return self._found[key]
+
+    def _reads_parts(self) -> bool:
+        """Say whether a text is only written if it is a part of a list, as in `[{"type": "text", "text": ...}]`."""
+        if "parts" not in self._found:
+            texts = [self._tried(messages) for messages in ([QUESTION, ANSWER], [_in_parts(QUESTION), _in_parts(ANSWER)])]
+            alone, in_parts = (text is not None and ANSWER["content"] in text for text in texts)
+            self._found["parts"] = in_parts and not alone
+        return self._found["parts"]
+
+    def _written(self, messages: list[Message]) -> str | None:
+        """Return the text of messages whose contents are texts, or None where the template refuses them."""
+        return self._tried([_in_parts(message) for message in messages] if self._reads_parts() else messages)
+
+    def _tried(self, messages: list[Message]) -> str | None:
+        """Return the text of messages as they are, or None where the template refuses them."""
+        try:
+            return self.render(messages, False)[0]
+        except TooMuch:
+            raise
+        except UserError:
+            return None
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _call(form: type) -> Message:
+    """Return a message that calls a function with arguments as a mapping or as JSON."""
+    arguments = {GIVEN: 1} if form is dict else json.dumps({GIVEN: 1})
+    call = {"type": "function", "id": "call00000", "function": {"name": CALLED, "arguments": arguments}}  # Mistral wants 9 characters
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _with_arguments_as_json(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    texts = [json.dumps(function["arguments"], ensure_ascii=False) for function in functions]
+    calls = [call | {"function": call["function"] | {"arguments": text}} for call, text in zip(message["tool_calls"], texts)]
+    return message | {"tool_calls": calls}
+
+
+def _cut(text: str, turns: list[tuple[int, int]], marked: list[tuple[int, int]]) -> list[Piece]:
+    """Return a text in pieces: its answers and what is between them."""
+    pieces, position = [], 0
+    for start, stop in turns:
+        pieces += [Piece(text[position:start]), *_answer(text, start, stop, marked)]
+        position = stop
+    return [piece for piece in (*pieces, Piece(text[position:])) if piece.text or piece.answers]
 
 
 def _as_given(message: Message) -> Message:

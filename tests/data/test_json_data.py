@@ -1,12 +1,16 @@
+import csv
+import gzip
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from litgpt.data import JSON, DataModule
-from litgpt.data.json_data import load_split
+from litgpt.data.json_data import SUFFIXES, load_split
+from litgpt.data.records import messages_of
 from litgpt.errors import MissingFile, UserError
 
 RECORDS = [{"instruction": f"Say {i}.", "input": "" if i % 2 else "loudly", "output": str(i)} for i in range(20)]
@@ -18,8 +22,21 @@ def write(path, records=RECORDS):
         path.write_text(json.dumps(records))
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+def compressed(path, suffix):
+    content = path.read_bytes()
+    packed = gzip.compress(content) if suffix == ".gz" else zstandard.compress(content)
+    path.unlink()
+    (path := path.with_name(path.name + suffix)).write_bytes(packed)
     return path
 
 
@@ -31,9 +48,64 @@ def module(path, tokenizer, **options):
     return data
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_holds_records(tmp_path, suffix):
     assert load_split(write(tmp_path / f"data{suffix}")) == RECORDS
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_may_be_compressed(tmp_path, tokenizer, suffix, packing):
+    path = compressed(write(tmp_path / f"train{suffix}"), packing)
+    assert load_split(path) == RECORDS
+    val = compressed(write(tmp_path / "val.jsonl", RECORDS[:3]), packing)
+    data = module(tmp_path, tokenizer)
+    assert (data.train_dataset.data, data.val_dataset.data) == (RECORDS, RECORDS[:3])
+    assert data.val_dataset.place(1) == f"{val}, line 2"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet.zst"])
+@pytest.mark.parametrize("how", ["cut", "other", "long"])
+def test_a_compressed_file_that_is_damaged_is_one_sentence(tmp_path, name, how):
+    path = tmp_path / name
+    path = compressed(write(path.with_suffix("")), path.suffix)
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-5], "other": b"plain text", "long": content + b"more"}[how])
+    with pytest.raises(UserError, match=f"^{path} cannot be decompressed .*Compress or download it again"):
+        load_split(path)
+
+
+def test_all_frames_of_a_file_are_read(tmp_path):
+    lines = [json.dumps(record).encode() + b"\n" for record in RECORDS]
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b"".join(lines[:9])) + zstandard.compress(b"".join(lines[9:])))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:9])) + gzip.compress(b"".join(lines[9:])))
+    assert load_split(tmp_path / "a.jsonl.zst") == load_split(tmp_path / "a.jsonl.gz") == RECORDS
+
+
+def test_a_table_holds_texts_as_they_are(tmp_path):
+    records = [
+        {"prompt": 'Say "one", two', "completion": " lines\r\nof text\n"},
+        {"prompt": "", "completion": "é\u2028日本"},
+        {"prompt": "x" * 200_000, "completion": "007"},
+    ]
+    limit = csv.field_size_limit()
+    data = load_split(write(tmp_path / "a.csv", records))
+    assert data == records and csv.field_size_limit() == limit
+    assert [record.place for record in data] == [f"{tmp_path / 'a.csv'}, {place}" for place in ("line 2", "line 5", "line 6")]
+
+
+def test_a_table_may_hold_conversations_as_json(tmp_path):
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    [read] = load_split(write(tmp_path / "a.csv", [{"messages": json.dumps(record["messages"])}]))
+    assert messages_of(read) == messages_of(record)
+
+
+def test_keys_that_parquet_adds_are_left_out(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    other = {"type": "function", "function": {"name": "g", "arguments": {"y": None}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call, other]}]
+    [read] = load_split(write(tmp_path / "a.parquet", [{"messages": messages}]))
+    assert [call["function"]["arguments"] for call in messages_of(read)[1]["tool_calls"]] == [{"x": 1}, {}]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -75,13 +147,16 @@ def test_a_folder_has_its_own_validation_file(tmp_path, tokenizer):
     with pytest.raises(UserError, match="a folder with its own `val` file"):
         module(tmp_path, tokenizer, val_split_fraction=0.1)
     (tmp_path / "val.jsonl").unlink()
-    with pytest.raises(MissingFile, match=r"has no val\.json, val\.jsonl or val\.parquet"):
+    with pytest.raises(MissingFile, match=r"has no val\.json, val\.jsonl, val\.parquet or val\.csv"):
         module(tmp_path, tokenizer)
 
 
-@pytest.mark.parametrize("name, message", [("nowhere.json", "no file or folder"), ("data.csv", "ends in '.csv'")])
+@pytest.mark.parametrize(
+    "name, message", [("nowhere.json", "no file or folder"), ("data.tsv", "ends in '.tsv'"), ("data.txt.gz", "'.gz', but.*compressed")]
+)
 def test_a_path_that_is_no_data_is_refused_before_anything_else(tmp_path, name, message):
-    (tmp_path / "data.csv").write_text("a,b")
+    for known in ("data.tsv", "data.txt.gz"):
+        (tmp_path / known).write_text("a,b")
     with pytest.raises(UserError, match=message):
         JSON(tmp_path / name).prepare_data()
 
@@ -100,6 +175,12 @@ def test_a_path_that_is_no_data_is_refused_before_anything_else(tmp_path, name, 
         ("a.jsonl", '{"instruction": "x", "output": "y"}\n{oops}\n', "not valid JSON in line 2, column 2"),
         ("a.jsonl", '{"instruction": "x", "output": "y"}\n[1]\n', "a.jsonl, line 2: A record must be a mapping"),
         ("a.parquet", "not parquet", "cannot be read as Parquet"),
+        ("a.csv", "instruction,output\n", "a.csv is empty"),
+        ("a.csv", "instruction,outputs\nx,y\n", "a.csv, line 2: The key `output` is missing"),
+        ("a.csv", 'instruction,output\n"x\ny",z\nx,y,z\n', "a.csv, line 4: it has 3 values for 2 columns"),
+        ("a.csv", 'instruction,output\nx,"y"z\n', "a.csv is not valid CSV in line 2"),
+        ("a.csv", 'instruction,output\nx,"y\n', "a.csv is not valid CSV in line 2"),
+        ("a.csv", "output,output\nx,y\n", "names a column twice"),
     ],
 )
 def test_a_bad_file_is_one_sentence_with_the_place(tmp_path, name, content, message):

@@ -1,19 +1,32 @@
 import copy
 import inspect
 import json
+import re
 import shutil
 from dataclasses import fields
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from vocabularies import write
 
 from litgpt.config import Config
 from litgpt.data import DataModule, SFTDataset, get_sft_collate_fn
-from litgpt.data.base import SFTModule, highest_id, messages_of, split
+from litgpt.data.base import SFTModule, highest_id, split
+from litgpt.data.records import Record, messages_of
 from litgpt.errors import UserError
-from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style, prompt_styles
-from litgpt.tokenizer import Tokenizer
+from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, prompt_styles
+from litgpt.tokenizer import Tokenizer, named_tokens
 
+FOLDER = next((Path(spec.origin).with_name("chat_templates") for spec in [find_spec("trl")] if spec), Path())
+TEMPLATES = {
+    name: (FOLDER / f"{name}.jinja").read_text()
+    for name in ("qwen2_5", "qwen3", "llama3", "llama3_1", "gemma", "gemma3", "phi3", "lfm2", "deepseekv3", "qwen3_training", "smolvlm")
+    if (FOLDER / f"{name}.jinja").is_file()
+}
 RECORDS = [
     {"instruction": "Add 2 and 3.", "output": "5"},
     {"instruction": "Translate.", "input": "cat", "output": "chat"},
@@ -73,6 +86,99 @@ def test_all_answers_of_a_conversation_are_trained_on(tokenizer):
     assert "Yes." in trained and "No." in trained and "?" not in trained
 
 
+@pytest.mark.parametrize("style", ["qwen2.5", "phi-2", "forgetful"])
+def test_the_last_answer_alone_is_trained_on_where_that_is_asked_for(tokenizer, style):
+    """Also where a template keeps no earlier answer as it was, so that each one is a sample of its own."""
+    forgetful = "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last or m.role == 'user' else '-' }}</s>{% endfor %}"
+    end = "{% if add_generation_prompt %}assistant:{% endif %}"
+    style = ChatTemplate(forgetful + end) if style == "forgetful" else style
+    every = SFTDataset([TWO_TURNS], tokenizer, style)
+    last = SFTDataset([TWO_TURNS], tokenizer, style, train_on="last")
+    [sample] = last
+    assert torch.equal(sample["input_ids"], every[len(every) - 1]["input_ids"])
+    assert answers(tokenizer, sample).strip() == "No." and last.n_targets == [int((sample["labels"] != -100).sum())]
+
+
+def test_train_on_and_mask_prompt_say_the_same(tokenizer):
+    def labels(**options):
+        return [sample["labels"].tolist() for sample in SFTDataset([*RECORDS, TWO_TURNS], tokenizer, "alpaca", **options)]
+
+    assert labels() == labels(mask_prompt=True) == labels(train_on="assistant") != labels(train_on="last")
+    assert labels(mask_prompt=False) == labels(train_on="all") != labels()
+    for train_on, mask_prompt, trained, masked in (
+        (None, None, "assistant", True),
+        (None, False, "all", False),
+        (None, True, "assistant", True),
+        ("last", True, "last", True),
+        ("all", None, "all", False),
+        ("all", False, "all", False),
+    ):
+        data = Records(prompt_style="alpaca", train_on=train_on, mask_prompt=mask_prompt)
+        data.connect(tokenizer)
+        data.setup()
+        assert (data.train_dataset.train_on, data.mask_prompt) == (trained, masked)
+        again = Records(train_on=data.train_on, mask_prompt=data.mask_prompt)  # as saved options are read
+        assert again.mask_prompt is masked
+    for train_on, mask_prompt in (("all", True), ("assistant", False), ("last", False)):
+        with pytest.raises(UserError, match=f"`mask_prompt` is {str(mask_prompt).lower()}, but `train_on` is '{train_on}'"):
+            Records(train_on=train_on, mask_prompt=mask_prompt)
+    with pytest.raises(UserError, match="`mask_prompt` is false"):
+        SFTDataset(RECORDS, tokenizer, "alpaca", mask_prompt=False, train_on="last")
+
+
+def stopped(tokenizer, style, sample):
+    """Where answers are trained on, each up to a token that ends a generation: their ids."""
+    runs = [list(run) for trained, run in groupby(zip(*map(torch.Tensor.tolist, sample.values())), lambda pair: pair[1] != -100) if trained]
+    stops = style.stop_tokens(tokenizer)
+    for run in runs:
+        ids = [i for i, _ in run]
+        assert any(ids[at : at + len(stop)] == stop for stop in stops for at in range(1, len(ids))), tokenizer.decode(ids)
+    return len(runs)
+
+
+@pytest.fixture(scope="module")
+def with_markup(tmp_path_factory):
+    """A tokenizer that knows the tokens which end answers of styles and of templates."""
+    folder = write(tmp_path_factory.mktemp("markup"), "byte_level", add_bos_token=False)
+    processor = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    published = {token for text in TEMPLATES.values() for token in re.findall(r"<\|?\w+\|?>|<｜[^<>\s]+｜>", text)}
+    ends = sorted(published | {style.end for style in prompt_styles.values() if style.end})
+    processor.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in ends])
+    processor.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", prompt_styles)
+def test_every_style_learns_the_token_that_ends_an_answer(tokenizer, with_markup, name):
+    for known in (tokenizer, with_markup):  # the first has none of the style's own tokens
+        dataset = SFTDataset([TWO_TURNS], known, name)
+        assert stopped(known, dataset.prompt_style, dataset[0]) == 2
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_learns_the_token_that_ends_an_answer(with_markup, name):
+    style = ChatTemplate(TEMPLATES[name], named_tokens(with_markup.checkpoint_dir))
+    dataset = SFTDataset([TWO_TURNS], with_markup, style)
+    assert sum(stopped(with_markup, style, sample) for sample in dataset) == 2
+    assert all(text in with_markup.decode(dataset[-1]["input_ids"]) for text in ("One?", "Yes.", "Two?", "No."))
+
+
+def test_an_answer_ends_with_eos_where_a_template_writes_nothing_behind_it(tokenizer):
+    style = ChatTemplate(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    [sample] = SFTDataset(RECORDS[:1], tokenizer, style)
+    assert sample["input_ids"][-1] == sample["labels"][-1] == tokenizer.eos_id
+    assert answers(tokenizer, sample) == "5"
+
+
+def test_a_token_that_ends_answers_is_learnt_even_if_a_template_does_not_mark_it(tokenizer):
+    style = ChatTemplate("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}</s>\n{% endfor %}")
+    [sample] = SFTDataset([TWO_TURNS], tokenizer, style)
+    assert stopped(tokenizer, style, sample) == 2
+    assert tokenizer.decode(sample["input_ids"][sample["labels"] == -100]) == "One?\n\nTwo?\n\n"
+
+
 def test_each_sample_is_encoded_once(tokenizer, monkeypatch):
     calls = []
     encode = tokenizer.offsets
@@ -94,6 +200,63 @@ def test_long_samples_are_cut_and_those_without_an_answer_dropped(tokenizer, cap
     assert torch.equal(dataset[1]["labels"], whole[1]["labels"][:40])
     assert len(caplog.records) == 2 and "1 of 3 samples had nothing left" in caplog.text
     assert dataset.data[2] is records[2]
+
+
+LONG = [{"instruction": "x" * n, "output": "y" * m} for n, m in ((1, 30), (30, 30), (1, 5), (30, 60))]
+
+
+@pytest.mark.parametrize("truncation, lengths, n_cut, n_dropped", [("right", [32, 40, 7, 40], 2, 0), ("drop", [32, 7], 0, 2)])
+def test_long_samples_are_handled_as_is_said(tokenizer, caplog, truncation, lengths, n_cut, n_dropped):
+    whole = SFTDataset(LONG, tokenizer, "default")
+    assert whole.lengths == [32, 61, 7, 91] and whole.n_targets == [31, 31, 6, 61] and whole.n_lost == 0
+    dataset = SFTDataset(LONG, tokenizer, "default", max_seq_length=40, truncation=truncation)
+    assert (dataset.lengths, dataset.n_cut, dataset.n_dropped) == (lengths, n_cut, n_dropped)
+    assert dataset.n_targets == [int((sample["labels"][1:] != -100).sum()) for sample in dataset]
+    assert dataset.n_lost == sum(whole.lengths) - sum(lengths)
+    share = 100 * dataset.n_lost / sum(whole.lengths)
+    [said] = [record.message for record in caplog.records]
+    assert said.startswith("2 of 4 samples are longer than 40 tokens") and f"{share:.1f}% of all tokens" in said
+    assert said.endswith(": Sample 1, Sample 3")
+
+
+@pytest.mark.parametrize("with_begin", [True, False])
+def test_what_loses_its_beginning_keeps_bos_and_the_end(tokenizer, with_begin):
+    tokenizer.use_bos = with_begin
+    whole = SFTDataset(LONG, tokenizer, "default")
+    dataset = SFTDataset(LONG, tokenizer, "default", max_seq_length=40, truncation="left")
+    assert dataset.n_cut == 2 and dataset.n_dropped == 0 and dataset.lengths[1] == dataset.lengths[3] == 40
+    for sample, before in zip(dataset, whole):
+        ids = before["input_ids"].tolist()
+        expected = ids if len(ids) <= 40 else [tokenizer.bos_id, *ids[-39:]] if with_begin else ids[-40:]
+        assert sample["input_ids"].tolist() == expected and sample["input_ids"][-1] == tokenizer.eos_id
+        assert torch.equal(sample["labels"][-39:], before["labels"][-39:])
+
+
+def test_a_sample_that_is_too_long_can_be_an_error_that_names_it(tokenizer):
+    record = Record(LONG[1])
+    record.place = "mine.json, record 7"
+    with pytest.raises(UserError, match="^mine.json, record 7 is 61 tokens long, but `max_seq_length` is 40. Raise it"):
+        SFTDataset([LONG[0], record], tokenizer, "default", max_seq_length=40, truncation="error")
+    assert len(SFTDataset([LONG[0], record], tokenizer, "default", max_seq_length=61, truncation="error")) == 2
+
+
+def test_samples_without_a_target_are_counted_and_named(tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(tokenizer, "eos_id", None)  # an empty answer has nothing to learn, then
+    records = [Record(instruction="x", output=text) for text in ("y", "", "z", "", "", "", "")]
+    for number, record in enumerate(records, start=1):
+        record.place = f"mine.json, record {number}"
+    dataset = SFTDataset(records, tokenizer, "default")
+    assert len(dataset) == 2 and dataset.n_dropped == 5 and dataset.n_cut == 0
+    [said] = [record.message for record in caplog.records]
+    named = ", ".join(f"mine.json, record {number}" for number in (2, 4, 5))
+    assert said == f"5 of 7 samples had nothing left to train on and are dropped: {named}, ..."
+
+
+def test_a_conversation_may_be_cut_to_answers_and_to_none(tokenizer):
+    n = len(SFTDataset([TWO_TURNS], tokenizer, "default", train_on="last")[0]["input_ids"])
+    for max_seq_length, n_left in ((n, 1), (n - 5, 0)):
+        dataset = SFTDataset([TWO_TURNS], tokenizer, "default", max_seq_length, train_on="last")
+        assert len(dataset) == n_left and dataset.n_dropped == 1 - n_left
 
 
 def test_data_without_any_answer_within_the_length_is_refused(tokenizer):
@@ -130,7 +293,12 @@ def test_a_style_of_ones_own_sees_instruction_and_input(tokenizer):
     "record, message",
     [
         ({"output": "x"}, "`instruction` is missing. It has the keys `output`"),
-        ({"instruction": "x", "response": "y"}, "`output` is missing. It has the keys `instruction`, `response`"),
+        ({"instruction": "x", "answer": "y"}, "`output` is missing. It has the keys `instruction`, `answer`"),
+        ({"prompt": "x"}, "`completion` is missing. It has the keys `prompt`"),
+        ({"question": "x", "answer": 4}, "`answer` must be text, but is 4"),
+        ({"prompt": "x", "completion": "y", "response": "z"}, "not clear what is asked and answered: `prompt` with `completion` or"),
+        ({"question": "x", "answer": "y", "input": "a", "context": "b"}, "`input` and `context` are different texts"),
+        ({"instruction": "x", "output": "y", "system": 3}, "`system` must be text, but is 3"),
         ({"instruction": "x", "outputs": "y"}, "Did you mean 'outputs'"),
         ({}, "It has no keys"),
         ({"instruction": 3, "output": "x"}, "`instruction` must be text, but is 3"),
@@ -139,6 +307,7 @@ def test_a_style_of_ones_own_sees_instruction_and_input(tokenizer):
         ("text", "a mapping with the keys"),
         ({"messages": []}, "`messages` must be a list"),
         ({"messages": "text"}, "`messages` must be a list"),
+        ({"messages": None, "id": 3}, "`messages` must be a list"),
         ({"messages": [{"role": "user"}]}, "`content` of message 1 in `messages` must be text, but is missing"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": 5}]}, "`content` of message 2"),
         ({"messages": ["x"]}, "`role` of message 1"),
@@ -152,6 +321,23 @@ def test_a_bad_record_is_described(tokenizer, record, message):
     assert message in str(caught.value)
     with pytest.raises(UserError, match="Sample 1"):
         SFTDataset([RECORDS[0], record], tokenizer, "alpaca")
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        ({"instruction": "a", "response": "b", "context": "c"}, ("a", "c", "b")),
+        ({"prompt": "a", "completion": "b"}, ("a", None, "b")),
+        ({"prompt": "a", "response": "b", "completion": None}, ("a", None, "b")),
+        ({"question": "a", "answer": "b", "id": 3}, ("a", None, "b")),
+        ({"instruction": "a", "output": "b", "prompt": "c", "completion": "d", "context": ""}, ("a", None, "b")),
+    ],
+)
+def test_questions_and_answers_have_many_names(record, expected):
+    user, answer = messages_of(record)
+    assert (user["content"], user.get("input"), answer["content"]) == expected
+    asked = {"role": "system", "content": "s"}
+    assert messages_of(record | {"system_prompt": "s"}) == messages_of(record | {"system": "s"}) == [asked, user, answer]
 
 
 def test_turns_out_of_order_name_the_sample(tokenizer):
