@@ -1,9 +1,12 @@
 """Who may look at whom: masks from positions and segments, and the attention that uses them."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +15,14 @@ from torch import Tensor
 from litgpt.cache import KeyValues, Span, upload
 from litgpt.rope import Rope
 
+SHORT = 256  # up to so many tokens fp32 is faster than bf16 in attention's backward pass on a CPU
+
 
 class Segments:
     """The sequences that are packed into one row, (1, N), in order. Each one's positions start at 0.
 
-    With `lengths` as Python ints every segment is computed on its own, without a mask. A compiled model must not see them,
-    for it would be compiled anew for every packing: `without_lengths` masks by ids instead.
+    With `lengths` as Python ints every segment is computed on its own, without a mask. `without_lengths` masks by ids instead, for a
+    model that is compiled whole: it would be compiled anew for every packing.
 
     Args:
         lengths: How many tokens each segment has.
@@ -29,12 +34,13 @@ class Segments:
         self.lengths: list[int] | None = list(lengths)
         self.ids = upload([[i for i, n in enumerate(lengths) for _ in range(n)]], device)  # (1, N)
         self.positions = upload([[place for n in lengths for place in range(n)]], device)  # (1, N)
-        self.ends = upload(list(accumulate(lengths)), device)  # (n,)
+        self.borders = upload([0, *accumulate(lengths)], device, torch.int32)  # (n + 1,)
+        self.ends = self.borders[1:].long()  # (n,)
 
     def without_lengths(self) -> "Segments":
         """Return the same segments, known by ids only."""
         segments = Segments.__new__(Segments)
-        segments.lengths, segments.ids, segments.positions, segments.ends = None, self.ids, self.positions, self.ends
+        segments.__dict__ |= self.__dict__ | {"lengths": None}
         return segments
 
 
@@ -57,6 +63,8 @@ class Context:
     query_scale: Tensor | None = None  # (B or 1, T, 1, 1), what queries of far positions are multiplied by
     span: Span | None = None
     pieces: list[tuple[slice, "Context"]] | None = None  # packed tokens, segment by segment
+    segments: Segments | None = None  # those of the pieces, without a cache
+    look: Callable[..., Tensor] | None = None  # how attention goes through the pieces
 
 
 def new_context(
@@ -81,7 +89,10 @@ def new_context(
     elif segments is not None:
         positions = segments.positions
     places = torch.arange(T, device=device) if positions is None else positions
-    rotations = rope.rotations(places, T if span is None else span.cache.length, dtype)
+    if rope.depends_on_length and segments is not None and segments.lengths is not None:
+        rotations = rotations_by_segment(places, segments.lengths, rope, dtype)
+    else:
+        rotations = rope.rotations(places, T if span is None else span.cache.length, dtype)
     context = Context(rotations, {}, span=span, positions=places, query_scale=rope.query_scale(places, dtype))
     if span is not None and span.packed:
         context.pieces = [(at, Context({}, {w: cached_mask(piece, w) for w in windows}, span=piece)) for at, piece in span.pieces()]
@@ -90,9 +101,8 @@ def new_context(
         context.masks = {w: cached_mask(span, w) for w in windows}
     elif segments is not None and segments.lengths is not None:
         context.ids = segments.ids  # recurrent layers take all segments at once
-        starts = [0, *accumulate(segments.lengths)]
-        spans = zip(starts[:-1], starts[1:], strict=True)
-        context.pieces = [(slice(a, b), Context({}, {w: causal_mask(b - a, w, device) for w in windows})) for a, b in spans]
+        context.segments, context.pieces = segments, pieces_of(segments.lengths, windows, device)
+        context.look = _uncompiled() if "torch._dynamo" in sys.modules else None
     elif positions is None:
         context.masks = {w: causal_mask(T, w, device) for w in windows}
     else:
@@ -101,6 +111,23 @@ def new_context(
         context.tokens = positions >= 0 if segments is None else None
         context.masks = {w: Mask(visible(positions, positions, w, context.ids)) for w in windows}
     return context
+
+
+def pieces_of(lengths: Sequence[int], windows: Iterable[int | None], device: torch.device) -> list[tuple[slice, Context]]:
+    """Return where segments of known lengths lie in a row, and for each what a layer needs to know that looks within it."""
+    contexts = {n: Context({}, {w: causal_mask(n, w, device) for w in windows}) for n in set(lengths)}
+    return [(slice(end - n, end), contexts[n]) for n, end in zip(lengths, accumulate(lengths), strict=True)]
+
+
+def rotations_by_segment(
+    places: Tensor, lengths: Sequence[int], rope: Rope, dtype: torch.dtype
+) -> dict[int | None, tuple[Tensor, Tensor] | None]:
+    """Return what `Rope.rotations` does, for angles that depend on how long a sequence is: each segment turns as it would alone."""
+    parts = [rope.rotations(piece, n, dtype) for piece, n in zip(places.split(lengths, 1), lengths, strict=True)]
+    return {
+        kind: None if turned is None else tuple(torch.cat(pieces, 1) for pieces in zip(*(part[kind] for part in parts), strict=True))
+        for kind, turned in parts[0].items()
+    }
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None, ids: Tensor | None = None) -> Tensor:
@@ -160,10 +187,40 @@ def attend(
     """
     if state is not None:
         state.write(k, v, context.span)
-    how = (scale, softcap, sinks)
-    if context.pieces is None:
-        return _look(q, k, v, window, context, state, *how)
-    return torch.cat([_look(q[:, at], k[:, at], v[:, at], window, piece, state, *how) for at, piece in context.pieces], dim=1)
+    look = _look if context.pieces is None else context.look or _look_piece_by_piece
+    return look(q, k, v, window, context, state, scale, softcap, sinks)
+
+
+def _look_piece_by_piece(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context, state: KeyValues | None, scale: float | None, *more: Any
+) -> Tensor:
+    if context.segments is not None and runs_varlen(q, v) and all(part is None for part in more):
+        return _look_at_once(q, k, v, window, context.segments, scale)
+    sizes = [at.stop - at.start for at, _ in context.pieces]
+    split = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), context.pieces, strict=True)  # a slice's gradient is as long as q
+    return torch.cat([_look(*qkv, window, piece, state, scale, *more) for *qkv, (_, piece) in split], dim=1)
+
+
+@cache
+def _uncompiled() -> Callable[..., Tensor]:
+    """Return attention piece by piece for compiled blocks: they break off around it, for it would be compiled anew for every packing."""
+    return torch.compiler.disable(_look_piece_by_piece)
+
+
+def runs_varlen(q: Tensor, v: Tensor) -> bool:
+    """Return whether torch's attention over segments of any lengths can be used, which has one kernel for all of them."""
+    D = q.size(-1)
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and D == v.size(-1) and D % 8 == 0 and D <= 256
+
+
+def _look_at_once(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments, scale: float | None) -> Tensor:
+    """Return what queries gather in all segments, by one kernel."""
+    if k.size(2) != q.size(2):  # torch 2.11 knows no groups here
+        k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
+    borders, longest = segments.borders, max(segments.lengths)
+    sides = (-1 if window is None else window - 1, 0)  # how many tokens before and after its own a query sees
+    varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn  # loads torch's compiler, which takes seconds
+    return varlen_attn(q[0], k[0], v[0], borders, borders, longest, longest, scale=scale, window_size=sides).unsqueeze(0)
 
 
 def _look(
@@ -186,8 +243,28 @@ def _look(
         seen = mask.visible if T == 1 or mask.visible is None else mask.visible.repeat(1, 1, H, 1)
         y = F.scaled_dot_product_attention(q.transpose(1, 2).reshape(B, G, -1, D), k, v, seen, scale=scale)  # (B, G, H T / G, E)
         return y.reshape(B, H, T, -1).transpose(1, 2)
+    if mask.causal and T <= SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and D == v.size(-1):
+        return _ShortInBf16.apply(q.transpose(1, 2), k, v, scale).transpose(1, 2)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask.visible, is_causal=mask.causal, scale=scale, enable_gqa=H != G)
     return y.transpose(1, 2)
+
+
+class _ShortInBf16(torch.autograd.Function):
+    """Causal attention on a CPU in bf16 with a backward pass in fp32: for short texts torch's own takes up to three times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True, scale=scale)
+        ctx.save_for_backward(q, k, v, y, sums)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, sums = ctx.saved_tensors
+        wide = (x.float() for x in (grad, q, k, v, y))
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, sums, 0.0, True, scale=ctx.scale)
+        return *(x.to(q.dtype) for x in grads), None
 
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:

@@ -28,26 +28,47 @@ def token_nll(
 ) -> Tensor:
     """Return the negative log-likelihood of every target, (B, T), 0 where it is ignored; in fp32, or fp64 where the logits are.
 
-    Only `chunk` tokens have logits at a time. Where the head is not trained, their gradients are computed at once, while the logits are
-    there; else the backward pass computes the logits again. `head` is called, not unpacked, so that any layer may stand there (LoRA,
-    quantized, sharded).
+    Tokens whose target is ignored never reach the head, and only `chunk` tokens have logits at a time. Where the head is not trained,
+    their gradients are computed at once, while the logits are there; else the backward pass computes the logits again. `head` is called,
+    not unpacked, so that any layer may stand there (LoRA, quantized, sharded); it is called at least once, so that the result has a
+    gradient on every rank.
 
     Args:
         head: Turns (n, C) into logits (n, V), each row by itself.
         hidden: (B, T, C)
-        targets: (B, T), the id that follows each token; -100 does not count.
+        targets: (B, T), the id that follows each token; -100 does not count. Beside hidden states on a GPU they may lie on the CPU, where
+            counting them waits for nothing.
         chunk: How many tokens have logits at the same time.
         finish: What the head's output has to pass to become logits (scaling, soft-capping).
     """
-    pairs = list(zip(hidden.flatten(0, 1).split(chunk), targets.flatten().long().split(chunk), strict=True))
+    rows, following = hidden.flatten(0, 1), targets.flatten().long()
+    counted = (following != IGNORED).nonzero().squeeze(1)  # (n,)
+    if is_partial := len(counted) < len(following):
+        counted = counted if len(counted) else counted.new_zeros(1)
+        following, counted = following[counted], _beside(hidden, counted)
+        rows = rows.index_select(0, counted)
+    nll = torch.cat(_by_chunk(head, finish, rows, _beside(hidden, following), chunk))
+    return (nll.new_zeros(targets.numel()).index_copy(0, counted, nll) if is_partial else nll).view_as(targets)
+
+
+def _beside(hidden: Tensor, values: Tensor) -> Tensor:
+    """Return the values on the device of the hidden states, without waiting for it."""
+    if values.device == hidden.device:
+        return values
+    return (values.pin_memory() if hidden.is_cuda else values).to(hidden.device, non_blocking=True)
+
+
+def _by_chunk(
+    head: Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int
+) -> list[Tensor]:
+    """Return the losses of each chunk, (n,)."""
+    pairs = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
     if not (torch.is_grad_enabled() and hidden.requires_grad):
-        losses = [_nll(head, finish, h, t) for h, t in pairs]
-    elif _is_frozen(head) and hidden.dtype != torch.float16 and not torch.is_autocast_enabled(hidden.device.type):
-        losses = [_AtOnce.apply(head, finish, h, t) for h, t in pairs]
-    else:
-        *early, last = pairs  # the last one's backward pass comes first, so keeping its logits costs nothing at the peak
-        losses = [checkpoint(_nll, head, finish, h, t, use_reentrant=False) for h, t in early] + [_nll(head, finish, *last)]
-    return torch.cat(losses).view_as(targets)
+        return [_nll(head, finish, h, t) for h, t in pairs]
+    if _is_frozen(head) and hidden.dtype != torch.float16 and not torch.is_autocast_enabled(hidden.device.type):
+        return [_AtOnce.apply(head, finish, h, t) for h, t in pairs]
+    *early, last = pairs  # the last one's backward pass comes first, so keeping its logits costs nothing at the peak
+    return [checkpoint(_nll, head, finish, h, t, use_reentrant=False) for h, t in early] + [_nll(head, finish, *last)]
 
 
 def _nll(head: Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:

@@ -253,22 +253,25 @@ def _chunk_by_chunk(
     q, k, v, decay, rate = (_in_chunks(part, size) for part in (q, k, v, decay, rate))  # (B, G, R or 1, n, c, ...)
     total = decay.cumsum(-2)  # from the chunk's start
     seen = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    inherits = to_end = total.new_ones(())
+    below = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1)
+    between = (decay * below).cumsum(-2)  # (B, G, R, n, c, c), from the column's token to the row's; a difference of totals is not so exact
+    left = between[..., -1, :].unsqueeze(-1)  # to the chunk's end
+    inherits = total.new_ones(())
     carried = total[..., -1:, :].exp()  # what is left of a matrix after the chunk
     if ids is not None:
         ids = _in_chunks(ids[..., None, None, None], size)
         last = ids[..., -1:, :]
         before = F.pad(last, (0, 0, 0, 0, 1, 0), value=-1)[..., :-1, :, :]
         seen = seen & (ids == ids.transpose(-1, -2))
-        inherits, to_end, carried = ids == before, ids == last, carried * (last == before)
-    fade = (total - total.transpose(-1, -2)).masked_fill(~seen, float("-inf")).exp()  # (B, G, R, n, c, c)
+        inherits, left, carried = ids == before, left.masked_fill(ids != last, float("-inf")), carried * (last == before)
+    fade = between.masked_fill(~seen, float("-inf")).exp()
     links = (rate * fade * (k @ k.transpose(-1, -2))).tril(-1)
     known = total.exp() * inherits  # how much of the chunk's first matrix a token still finds
     right = torch.cat((rate * v, rate * known * k), dim=-1)
     solved = torch.linalg.solve_triangular(links, right, upper=False, unitriangular=True)
     new, old = solved.split((v.size(-1), k.size(-1)), dim=-1)  # corrections if the matrix were zero, and what each would read of it
     reads, looks = q * known, q @ k.transpose(-1, -2) * fade
-    kept = k * ((total[..., -1:, :] - total).exp() * to_end)
+    kept = k * left.exp()
     parts = [part.unbind(-3) for part in (new, old, reads, looks, kept, carried)]
     fold = _folds(k, decay, total, folded, size)
     result, ys = matrix, []

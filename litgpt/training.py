@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from time import perf_counter
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -18,16 +19,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from litgpt.args import EvalArgs, TrainArgs
+from litgpt.attention import Segments
+from litgpt.data.packing import Microbatch, Sample, end_to_end, evened, microbatches_of, pack, padded
 from litgpt.errors import UserError
-from litgpt.loss import IGNORED
+from litgpt.loss import IGNORED, Loss
 from litgpt.optim import FirstNonFinite, clip_gradients, set_learning_rate
 from litgpt.run_state import loss_scaler
-
-Sample = Tensor | Mapping[str, Any]  # token ids (T,), or `input_ids` and `labels`, both (T,)
 
 
 def data_share(fabric: Fabric) -> tuple[int, int]:
@@ -79,52 +79,6 @@ def steps_per_epoch(n_samples: int, global_batch_size: int) -> int:
     return math.ceil(n_samples / global_batch_size)
 
 
-class Microbatch(NamedTuple):
-    """What one forward pass sees."""
-
-    ids: Tensor  # (B, T)
-    targets: Tensor  # (B, T), the id that follows each; -100 does not count
-    n_tokens: int = 0  # without padding
-
-
-def microbatches_of(
-    samples: Sequence[Sample], micro_batch_size: int, collate: Callable[[Sequence[Sample]], Microbatch] | None = None
-) -> list[Microbatch]:
-    """Return the samples cut into microbatches, the longest first, so that little is padded and memory runs out early if at all.
-
-    Args:
-        samples: Those of one rank in one step.
-        micro_batch_size: How many one microbatch holds.
-        collate: Makes a microbatch of samples; `padded` by default.
-    """
-    ordered = sorted(samples, key=lambda sample: -len(_ids(sample)))
-    return [(collate or padded)(ordered[i : i + micro_batch_size]) for i in range(0, len(ordered), micro_batch_size)]
-
-
-def padded(samples: Sequence[Sample]) -> Microbatch:
-    """Return samples as one microbatch: targets are what follows, and shorter samples are padded on the right."""
-    ids, targets = [], []
-    for sample in samples:
-        labels = sample if isinstance(sample, Tensor) else sample["labels"]
-        n = len(labels) - 1
-        ids.append(_ids(sample)[: max(1, n)])  # a single token has nothing to predict, but a row must not be empty
-        targets.append(labels[1:] if n else torch.full((1,), IGNORED))
-    n_tokens = sum(map(len, ids))
-    return Microbatch(
-        pad_sequence(ids, batch_first=True).long(), pad_sequence(targets, batch_first=True, padding_value=IGNORED).long(), n_tokens
-    )
-
-
-def _ids(sample: Sample) -> Tensor:
-    return sample if isinstance(sample, Tensor) else sample["input_ids"]
-
-
-def evened(microbatches: list[Microbatch], n_microbatches: int) -> list[Microbatch]:
-    """Return the same microbatches, followed by ones without targets until there are as many as on the other ranks."""
-    ignored = Microbatch(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORED))
-    return microbatches + [ignored] * (n_microbatches - len(microbatches))
-
-
 # What all ranks agree on
 
 
@@ -132,9 +86,11 @@ class Agreed(NamedTuple):
     """What all ranks know of a step before they begin it."""
 
     n_targets: int
-    n_tokens: int
+    n_tokens: int  # without padding
+    n_slots: int  # with it
     n_microbatches: int  # the most that any rank has; 0 when nobody has data
     stop: bool
+    waited: float = 0.0  # how many seconds this process stood still until the samples of the step were there, on all ranks
 
 
 class Votes:
@@ -150,20 +106,20 @@ class Votes:
     def __init__(self, fabric: Fabric) -> None:
         self.n_copies = fabric.world_size // data_share(fabric)[1]  # ranks that see the same data
         self.group = dist.new_group(backend="gloo") if fabric.world_size > 1 else None
-        self.all = torch.zeros(fabric.world_size, 4, dtype=torch.int64)
+        self.all = torch.zeros(fabric.world_size, 5, dtype=torch.int64)
 
     def begin(self, microbatches: Sequence[Microbatch], stop: bool) -> None:
         """Tell the others what this rank has for the next step, and whether it wants to stop before it."""
-        n_targets = sum(int((microbatch.targets != IGNORED).sum()) for microbatch in microbatches)
-        mine = torch.tensor([n_targets, sum(microbatch.n_tokens for microbatch in microbatches), len(microbatches), int(stop)])
+        sizes = ((int((batch.targets != IGNORED).sum()), batch.n_tokens, batch.ids.numel(), 1) for batch in microbatches)
+        mine = torch.tensor([*map(sum, zip((0, 0, 0, 0), *sizes, strict=True)), int(stop)])
         self.work = dist.all_gather(list(self.all), mine, group=self.group, async_op=True) if self.group else self.all[0].copy_(mine)
 
     def read(self) -> Agreed:
         """Wait for the others and return what they said."""
         if self.group:
             self.work.wait()
-        n_targets, n_tokens, *_ = (self.all.sum(0) // self.n_copies).tolist()
-        return Agreed(n_targets, n_tokens, int(self.all[:, 2].max()), bool(self.all[:, 3].any()))
+        n_targets, n_tokens, n_slots, *_ = (self.all.sum(0) // self.n_copies).tolist()
+        return Agreed(n_targets, n_tokens, n_slots, int(self.all[:, 3].max()), bool(self.all[:, 4].any()))
 
 
 class Feed:
@@ -175,12 +131,14 @@ class Feed:
     Args:
         fabric: The launched one.
         samples: All samples, the same on all ranks.
-        train: Its batch sizes.
+        train: Its batch sizes, and whether samples are packed.
         seed: Of the order of the samples.
         first: The step to begin with, from 1.
         last: The last step, or None.
         wants_to_stop: Asked before each step.
-        collate: Makes a microbatch of samples; `padded` by default.
+
+    Raises:
+        UserError: There is no sample; later, none of a step's samples has a target.
     """
 
     def __init__(
@@ -192,11 +150,11 @@ class Feed:
         first: int = 1,
         last: int | None = None,
         wants_to_stop: Callable[[], bool] = lambda: False,
-        collate: Callable[[Sequence[Sample]], Microbatch] | None = None,
     ) -> None:
         if not len(samples):
             raise UserError("There is no sample to train on. Look at the data's file and at its validation split.")
-        self.samples, self.micro_batch_size, self.collate, self.wants_to_stop = samples, train.micro_batch_size, collate, wants_to_stop
+        self.samples, self.train, self.step, self.wants_to_stop = samples, train, first - 1, wants_to_stop
+        self.longest = longest_sample(samples, train)
         self.share, self.pinned, self.votes = data_share(fabric), fabric.device.type == "cuda", Votes(fabric)
         self.drawn = steps(len(samples), train.global_batch_size, seed, first)
         self.n_left = None if last is None else max(0, last - first + 1)
@@ -207,13 +165,24 @@ class Feed:
         with ThreadPoolExecutor(1) as thread:
             following = thread.submit(self._fetch)
             while True:
+                began = perf_counter()
                 epoch, microbatches = following.result()
                 agreed = self.votes.read()
                 if agreed.stop or not agreed.n_microbatches:
                     self.stopped = agreed.stop
                     return
+                self.step += 1
+                self._check(agreed)
+                waited = perf_counter() - began
                 following = thread.submit(self._fetch)
-                yield epoch, evened(microbatches, agreed.n_microbatches), agreed
+                yield epoch, evened(microbatches, agreed.n_microbatches), agreed._replace(waited=waited)
+
+    def _check(self, agreed: Agreed) -> None:
+        if not agreed.n_targets:
+            raise UserError(
+                f"No sample of step {self.step} has a token to learn: all its labels are {IGNORED}. "
+                "Look at the samples, raise `train.max_seq_length` if it cuts answers off, or raise `train.global_batch_size`."
+            )
 
     def _fetch(self) -> tuple[int, list[Microbatch]]:
         epoch, microbatches = 0, []
@@ -221,11 +190,17 @@ class Feed:
             self.n_left = None if self.n_left is None else self.n_left - 1
             rank, n_shares = self.share
             epoch, indices = next(self.drawn)
-            microbatches = microbatches_of([self.samples[i] for i in indices[rank::n_shares]], self.micro_batch_size, self.collate)
+            mine = [self.samples[i] for i in indices[rank::n_shares]]
+            microbatches = microbatches_of(mine, self.train.micro_batch_size, bool(self.train.packing), self.longest)
             if self.pinned:  # so that copies to the GPU do not wait
-                microbatches = [Microbatch(ids.pin_memory(), targets.pin_memory(), n) for ids, targets, n in microbatches]
+                microbatches = [batch._replace(ids=batch.ids.pin_memory(), targets=batch.targets.pin_memory()) for batch in microbatches]
         self.votes.begin(microbatches, self.wants_to_stop())
         return epoch, microbatches
+
+
+def longest_sample(samples: Sequence[Sample], train: TrainArgs) -> int | None:
+    """Return how many tokens a sample may have; None if neither the options nor the data set say so."""
+    return train.max_seq_length or max(getattr(samples, "lengths", None) or [0]) or None
 
 
 class StopRequest:
@@ -287,12 +262,18 @@ def forward_backward(fabric: Fabric, model: nn.Module, microbatches: Sequence[Mi
     scale = data_share(fabric)[1] / max(1, n_targets)  # DDP and FSDP2 average the gradients over the shares
     total = torch.zeros((), device=fabric.device, dtype=_sum_dtype(fabric.device))
     for i, microbatch in enumerate(microbatches, start=1):
-        ids, targets = (tensor.to(fabric.device, non_blocking=True) for tensor in (microbatch.ids, microbatch.targets))
         with fabric.no_backward_sync(model, enabled=i < len(microbatches)):  # forward too: DDP decides there
-            nll, n, aux = model(ids, targets=targets)
+            nll, n, aux = _loss(fabric, model, microbatch)
             fabric.backward((nll + aux * n) * scale)
         total += nll.detach() * scale
     return total
+
+
+def _loss(fabric: Fabric, model: nn.Module, microbatch: Microbatch) -> Loss:
+    """Return what the model says to a microbatch. Its targets stay on the CPU, where `token_nll` counts them without waiting for a GPU."""
+    ids = microbatch.ids.to(fabric.device, non_blocking=True)
+    packed = {} if microbatch.lengths is None else {"segments": Segments(microbatch.lengths, fabric.device)}
+    return model(ids, targets=microbatch.targets, **packed)
 
 
 def take_step(
@@ -311,9 +292,7 @@ def take_step(
     """
     if (scaler := loss_scaler(fabric)) is not None:
         scaler.unscale_(optimizer.optimizer)
-    grad_norm = clip_gradients(model, max_norm)
-    if scaler is None:
-        non_finite.update(grad_norm, step)
+    grad_norm = clip_gradients(model, max_norm, non_finite if scaler is None else None, step)
     set_learning_rate(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad()
@@ -327,8 +306,8 @@ def validate(fabric: Fabric, model: nn.Module, microbatches: Iterable[Microbatch
     model.eval()
     sums = torch.zeros(2, device=fabric.device, dtype=_sum_dtype(fabric.device))
     for microbatch in microbatches:
-        nll, n, _ = model(microbatch.ids.to(fabric.device), targets=microbatch.targets.to(fabric.device))
-        sums += torch.stack([nll.to(sums.dtype), n.to(sums.dtype)])
+        nll, n, _ = _loss(fabric, model, microbatch)
+        sums += torch.stack([nll.to(sums), n.to(sums)])
     model.train(was_training)
     nll, n = fabric.all_reduce(sums, reduce_op="sum").tolist()
     return nll / n if n else float("nan")
@@ -339,17 +318,26 @@ def validation_microbatches(
 ) -> Iterator[Microbatch]:
     """Yield this rank's share of a data set's first samples, equally many microbatches on all ranks.
 
+    Samples are packed as in training, but over all of them at once. Where the data set does not say how long they are, those of a
+    microbatch are laid end to end.
+
     Args:
         fabric: The launched one.
         samples: All samples, the same on all ranks.
-        train: Its micro-batch size.
+        train: Its micro-batch size, and whether samples are packed.
         eval: Its `max_iters` times that size is how many samples are seen, over all ranks; by default all.
     """
     size, (rank, n_shares) = train.micro_batch_size, data_share(fabric)
     n = len(samples) if eval is None else min(len(samples), eval.max_iters * size)
-    mine = range(n)[rank::n_shares]
-    for i in range(0, math.ceil(n / n_shares), size):
-        yield evened([padded([samples[j] for j in mine[i : i + size]])] if mine[i : i + size] else [], 1)[0]
+    packing = train.packing and n > 0 and isinstance(samples[0], Mapping)
+    if packing and (lengths := getattr(samples, "lengths", None)):
+        rows: Sequence[Sequence[int]] = pack([max(1, length - 1) for length in lengths[:n]], size * longest_sample(samples, train))
+    else:
+        shares = [range(n)[share::n_shares] for share in range(n_shares)]
+        rows = [share[i : i + size] for i in range(0, len(shares[0]), size) for share in shares]
+    for i in range(0, len(rows), n_shares):
+        held = [samples[j] for row in rows[i + rank : i + rank + 1] for j in row]
+        yield evened([(end_to_end if packing else padded)(held)] if held else [], 1)[0]
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
@@ -406,9 +394,10 @@ def check_limits(train: TrainArgs, eval: EvalArgs) -> None:
     groups = {
         "train": (
             train,
-            "global_batch_size micro_batch_size log_interval save_interval epochs max_steps max_tokens max_time max_norm max_seq_length",
+            "global_batch_size micro_batch_size log_interval save_interval epochs max_steps max_tokens max_time max_norm max_seq_length "
+            "keep_last",
         ),
-        "eval": (eval, "interval max_iters max_new_tokens"),
+        "eval": (eval, "interval max_iters max_new_tokens patience"),
     }
     for group, (args, options) in groups.items():
         for option in options.split():

@@ -39,7 +39,7 @@ def embeddings(model: GPT, sequences: Sequence[Sequence[int]], pooling: str = "m
     check_lengths(model, sequences)
     device = model.transformer.wte.weight.device
     vectors = torch.empty(len(sequences), model.config.n_embd, device=device)
-    for chosen in packs(model, [len(sequence) for sequence in sequences]):
+    for chosen in packs([len(sequence) for sequence in sequences]):
         tokens, segments = packed([sequences[i] for i in chosen], device)
         hidden = model(tokens, segments=segments, output="hidden")[0]  # (N, C)
         for i, part in zip(chosen, hidden.split([len(sequences[i]) for i in chosen]), strict=True):
@@ -62,7 +62,7 @@ def token_logprobs(model: GPT, sequences: Sequence[Sequence[int]], n_given: Sequ
     check_lengths(model, sequences)
     device = model.transformer.wte.weight.device
     found: list[list[float]] = [[] for _ in sequences]
-    for chosen in packs(model, [len(sequence) for sequence in sequences]):
+    for chosen in packs([len(sequence) for sequence in sequences]):
         parts = [sequences[i] for i in chosen]
         targets = [target for part, i in zip(parts, chosen, strict=True) for target in _targets(part, n_given[i])]
         tokens, segments = packed(parts, device)
@@ -104,13 +104,12 @@ def continuation_ids(tokenizer: Tokenizer, context: str, continuation: str) -> t
     return given, tokenizer.offsets(continuation, inside=True)[0]
 
 
-def packs(model: GPT, lengths: Sequence[int]) -> Iterator[list[int]]:
+def packs(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Yield the numbers of the sequences that one call takes, the longest first."""
-    budget = 0 if model.rope.depends_on_length else PACKED  # the rotations of such a model follow from the length of the whole call
     pack: list[int] = []
     n_tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if pack and n_tokens + lengths[i] > budget:
+        if pack and n_tokens + lengths[i] > PACKED:
             yield pack
             pack, n_tokens = [], 0
         pack.append(i)
