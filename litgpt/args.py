@@ -41,6 +41,14 @@ class TrainArgs:
     """Scale gradients so that their global norm is at most this; null leaves them as they are."""
     min_lr: float | None = None
     """The learning rate that the schedule ends at. By default a tenth of the peak."""
+    packing: bool | Literal["global"] = True
+    """Whether to lay the samples of a step end to end in rows, without padding and without attention across them: the result stays that
+    of single samples. `global` fills rows from the whole data set first, so that a sample of `global_batch_size` is such a row."""
+    activation_checkpointing: Literal["none", "full"] | float = "none"
+    """Compute blocks again in the backward pass instead of keeping what they made: `none`, `full` (all of them, which takes a third more
+    time), or the GB that one microbatch may take, for which only as many blocks as needed are computed again."""
+    keep_last: int | None = None
+    """How many saved steps to keep; older ones are deleted, but never one that `best` or `last` names. By default all are kept."""
     expert_balance: float | None = None
     """How much a loss counts that spreads tokens evenly over experts. By default 0.001 in pretraining a model that has some, else 0."""
 
@@ -61,6 +69,10 @@ class EvalArgs:
     """Whether to validate after the last step."""
     evaluate_example: Literal["first", "random"] | int = "first"
     """Which sample's instruction the example answer is generated for."""
+    save_best: bool = False
+    """Whether to save a step whenever its validation loss is the lowest so far. The link `best` names the best of the saved steps."""
+    patience: int | None = None
+    """Stop after so many validations in a row that did not lower the best loss. By default the run goes on to its other limits."""
 
 
 @dataclass
@@ -97,6 +109,8 @@ class OptimizerArgs:
     """How strongly weights are pulled to zero."""
     betas: tuple[float, float] = (0.9, 0.95)
     """The decay rates of the averages of the gradient and its square, for optimizers that have them."""
+    state: Literal["full", "bf16", "8bit"] = "full"
+    """How AdamW keeps its two averages: `full` as 32-bit numbers, `bf16` in half of that, `8bit` in a quarter."""
     init_args: dict[str, Any] = field(default_factory=dict)
     """Any further arguments of that class."""
 

@@ -29,14 +29,20 @@ COMMANDS = {  # name: (where its function is, what it does)
     "finetune": ("litgpt.finetune.lora:setup", "Finetune a model with LoRA."),
     "finetune_lora": ("litgpt.finetune.lora:setup", "The same, by its full name."),
     "finetune_full": ("litgpt.finetune.full:setup", "Finetune all parameters of a model."),
+    "finetune_adapter": ("litgpt.finetune.adapter:setup", "Finetune a model with LLaMA-Adapter."),
+    "finetune_adapter_v2": ("litgpt.finetune.adapter_v2:setup", "Finetune a model with LLaMA-Adapter V2."),
     "pretrain": ("litgpt.pretrain:setup", "Train a model from scratch, or on from a checkpoint."),
     "generate": ("litgpt.generate.base:main", "Answer one prompt, or a file of them."),
+    "generate_full": ("litgpt.generate.full:main", "Answer a prompt by a model that was finetuned whole."),
+    "generate_adapter": ("litgpt.generate.adapter:main", "Answer a prompt by a model and its adapter."),
+    "generate_adapter_v2": ("litgpt.generate.adapter_v2:main", "Answer a prompt by a model and its adapter of the second kind."),
     "convert_to_litgpt": ("litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint", "Write LitGPT's files beside a checkpoint's own."),
     "convert_from_litgpt": ("litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint", "Write a complete Hugging Face folder."),
     "merge_lora": ("litgpt.scripts.merge_lora:merge_lora", "Add a LoRA update to the weights it was trained beside."),
     "evaluate": ("litgpt.eval.evaluate:convert_and_evaluate", "Measure a model on the tasks of lm-eval."),
     "serve": ("litgpt.deploy.serve:run_server", "Serve a model over HTTP, with a page to chat at."),
     "validate": ("litgpt.scripts.validate:main", "Check a checkpoint, and say what fits on this machine."),
+    "preview_data": ("litgpt.scripts.preview_data:preview_data", "Show what a data set teaches, and what it costs."),
     "perplexity": ("litgpt.eval.perplexity:main", "Measure how well a model predicts texts."),
     "add_tokens": ("litgpt.scripts.add_tokens:add_tokens", "Add tokens to a model's vocabulary."),
     "export_gguf": ("litgpt.scripts.export_gguf:export_gguf", "Write a GGUF file for llama.cpp and Ollama."),
@@ -303,7 +309,8 @@ def explained(message: str, options: Options) -> str:
         return f"`{f'--{name} {class_path}' if name else f'litgpt {options.command}'}` needs {needed}."
     block = message[message.rfind("Parser key") :]
     found = re.search(r"(?:Got|Given) value: (.*)", block)
-    if other := re.search(r"Option '([^']+)' is not accepted", message) or re.match(r"NestedArg\(key='([^']+)'", found[1] if found else ""):
+    unread = re.match(r"NestedArg\(key='([^']+)'", found[1] if found and "." not in name else "")
+    if other := re.search(r"Option '([^']+)' is not accepted", message) or unread:
         if class_path == f"{DATA}.DataModule":  # the base of them all
             return f"`--data.{other[1]}` is an option of a data set. Choose one with `--data NAME`: {', '.join(data_names())}."
         return options.unknown(f"{name}.{other[1]}", "--", option_names(class_path, name))
@@ -316,12 +323,13 @@ def wanted(block: str, value: str, name: str) -> str:
     """Return the sentence's second half: what may stand there, and what stood there."""
     chosen = re.search(r"given class_path '([^']+)':\s*(.*)", block)
     if chosen or "import path" in block or "subclass of" in block:
-        value, because = (chosen[1], f" ({chosen[2]})") if chosen else (value, "")
-        known = data_names() if name == "data" else []
+        path = re.search(r"import path string: (\S+)", block)
+        value, because = (chosen[1], f" ({chosen[2]})") if chosen else (path[1] if path else value, "")
+        known = data_names() if name in ("data", "data.sources") else []
         listed = f"one of {', '.join(known)}, or " if known else ""
         return f"must be {listed}the import path of a class, but got {value!r}{because}." + did_you_mean(value.rpartition(".")[2], known)
     kinds, choices = [], []
-    for kind in re.findall(r"Expected an? (.+?)\.?\s*$", block, re.MULTILINE):
+    for kind in re.findall(r"Expected (?:an? )?(.+?)\.?\s*$", block, re.MULTILINE):
         kind = re.sub(r"^<class '(?:\w+\.)*(\w+)'>$", r"\1", kind)
         if "Literal[" in kind:
             words = re.findall(r"'([^']*)'", kind)

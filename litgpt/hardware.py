@@ -20,6 +20,36 @@ PRODUCTS = {  # in what each value of `--precision` multiplies
     "16-true": torch.float16,
     "16-mixed": torch.float16,
 }
+PEAKS = {  # of a GPU's dense products in 16 bits, operations per second, by words of its name; the first line that fits counts
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "B100": 1750e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "A6000": 155e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "6000 Ada": 364e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100 PCIE": 112e12,  # fp16 only
+    "V100": 125e12,
+    "T4": 65e12,
+    "MI300X": 1307e12,
+}
 INSTRUCTION_SETS = re.compile(r"(avx|amx|fma|sse4|asimd|sve|bf16|i8mm)\w*|sme2?$")  # what matrix products choose their kernels by
 
 
@@ -143,6 +173,45 @@ def _bf16_is_faster(rows: int = 64, width: int = 1024) -> bool:
             torch.nn.functional.linear(x, weight)
             best[dtype] = min(best[dtype], perf_counter() - start)
     return best[torch.bfloat16] < best[torch.float32]
+
+
+# Speed
+
+
+@cache
+def peak_flops(dtype: torch.dtype, device: torch.device | None = None) -> float | None:
+    """Return how many operations a second the device can do in matrix products, as its maker says; where that is not known, as measured.
+
+    A product of (M, K) with (K, N) takes 2 M K N of them.
+
+    Args:
+        dtype: What is multiplied.
+        device: By default the one that `find_device` chooses.
+    """
+    device = device or find_device()
+    words = set(re.split(r"[\s-]+", device_name(device)))
+    named = next((peak for name, peak in PEAKS.items() if set(name.split()) <= words), None)
+    differs = "MIG" in words or (dtype == torch.bfloat16 and words & {"V100", "T4"})  # a part of the GPU; products that it emulates
+    return named if named and dtype.itemsize == 2 and not differs else _measured_flops(dtype, device)
+
+
+def _measured_flops(dtype: torch.dtype, device: torch.device, n_tries: int = 5) -> float | None:
+    """Time a large product; the best of some, for another program may take the processor away. None if there is no such product here."""
+    size = 1024 if device.type == "cpu" else 4096
+    try:
+        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        best = min(_seconds(a, b) for _ in range(n_tries))
+    except (RuntimeError, TypeError):  # a type that the device does not multiply, or no memory left
+        return None
+    return 2 * size**3 / best
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = perf_counter()
+    a @ b
+    if a.device.type != "cpu":
+        torch.accelerator.synchronize(a.device)
+    return perf_counter() - start
 
 
 # Memory

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.loggers import LitLogger, MLFlowLogger, WandbLogger
 from torch import nn
@@ -44,6 +46,7 @@ PRECISIONS = {
     "bf16-mixed": Precision("bf16-mixed", torch.float32, torch.float32),
     "bf16-true": Precision("32-true", torch.bfloat16, torch.float32),
     "16-mixed": Precision("16-mixed", torch.float32, torch.float32),
+    "16-true": Precision("16-mixed", torch.float16, torch.float32),  # gradients in fp16 need its scaler
 }
 
 
@@ -67,8 +70,10 @@ def training_precision(precision: str | None, any_frozen: bool, accelerator: str
         raise UserError(
             f"`precision` is one of {', '.join(PRECISIONS)} in training, but got {precision!r}.{did_you_mean(precision, PRECISIONS)}"
         )
-    if precision == "16-mixed" and find_device(accelerator).type == "cpu":  # Fabric would put bf16 in its place
-        raise UserError("`precision` 16-mixed runs on GPUs only. Use bf16-mixed or 32-true.")
+    if PRECISIONS[precision].fabric == "16-mixed" and find_device(accelerator).type == "cpu":  # Fabric would put bf16 in its place
+        raise UserError(f"`precision` {precision} runs on GPUs only. Use {precision.replace('16', 'bf16')} or 32-true.")
+    if precision == "16-true" and not any_frozen:
+        raise UserError("`precision` 16-true is for models that stay as they are: fp16 is too coarse for weights that learn. Use 16-mixed.")
     return precision
 
 
@@ -88,7 +93,9 @@ def cast_parameters(model: nn.Module, precision: str) -> None:
 # Processes
 
 
-def fits_each_device(config: Config, any_frozen: bool, precision: str, devices: int | str, num_nodes: int = 1) -> bool:
+def fits_each_device(
+    config: Config, any_frozen: bool, precision: str, devices: int | str, num_nodes: int = 1, frozen_bytes: float | None = None
+) -> bool:
     """Say whether each of several devices can hold a training whole; true for one, which has no choice.
 
     Args:
@@ -97,6 +104,7 @@ def fits_each_device(config: Config, any_frozen: bool, precision: str, devices: 
         precision: A key of `PRECISIONS`.
         devices: As `launch_fabric` takes it.
         num_nodes: How many machines.
+        frozen_bytes: The size of a frozen parameter, where it is held in fewer bits than the precision says.
     """
     device, n_local = find_device(), parse_devices(devices)
     if n_local * num_nodes <= 1:
@@ -105,7 +113,7 @@ def fits_each_device(config: Config, any_frozen: bool, precision: str, devices: 
         n_parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
     n_trained, n_frozen = (0, n_parameters) if any_frozen else (n_parameters, 0)
     size = PRECISIONS[precision].frozen.itemsize  # that of a model which is trained whole, too
-    return training_fits(n_trained, n_frozen, device, size, size, n_sharing=n_local if device.type == "cpu" else 1)
+    return training_fits(n_trained, n_frozen, device, frozen_bytes or size, size, n_sharing=n_local if device.type == "cpu" else 1)
 
 
 def launch_fabric(
@@ -149,8 +157,9 @@ def launch_fabric(
         strategy = "fsdp" if tensor_parallel > 1 or (world > 1 and not fits_one_device) else "ddp"
     if cpu_offload and strategy != "fsdp":
         raise UserError(f"`cpu_offload` is a part of `--strategy fsdp`, but the strategy is {strategy!r}.")
-    if precision == "16-mixed" and strategy == "fsdp":
-        raise UserError("`precision` 16-mixed does not run with FSDP. Use bf16-mixed.")
+    if PRECISIONS[precision].fabric == "16-mixed" and strategy == "fsdp":
+        raise UserError(f"`precision` {precision} does not run with FSDP. Use {precision.replace('16', 'bf16')}.")
+    _check_started(n_local, num_nodes)
     on_cpu = device.type == "cpu"
     with _quiet(), _own_threads(n_local):
         fabric = Fabric(
@@ -163,6 +172,22 @@ def launch_fabric(
         )
         fabric.launch()
     return fabric
+
+
+def _check_started(n_local: int, num_nodes: int) -> None:
+    """Refuse other numbers than those of the processes that torchrun or SLURM's srun started: some would train alone, or wait for ever."""
+    if dist.is_torchelastic_launched():
+        starter, n_started, n_here = "torchrun", int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    elif "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
+        n_started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # which only srun sets: a batch script itself is one process
+        starter, n_here = "SLURM", max(1, n_started // int(os.environ.get("SLURM_STEP_NUM_NODES", "1")))
+    else:
+        return
+    if (n_here, n_started) != (n_local, n_local * num_nodes):
+        raise UserError(
+            f"`devices` is {n_local} and `num_nodes` {num_nodes}, but {starter} started {n_started} processes, {n_here} of them here. "
+            f"Give `--devices {n_here} --num_nodes {n_started // n_here}`, or start as many as you mean."
+        )
 
 
 def _strategy(name: str, world: int, tensor_parallel: int, cpu_offload: bool, on_cpu: bool) -> Strategy | str:
@@ -192,9 +217,8 @@ def layout(offload: OffloadPolicy) -> Callable[[nn.Module, DeviceMesh], nn.Modul
         if tensor.size() > 1:
             parallelize_module(model, tensor, model.tensor_parallel_plan())
         if data.size() > 1 or tensor.size() == 1:
-            quantized = {p for p in model.parameters() if not p.is_floating_point()}  # FSDP2 cannot split packed 4-bit weights
-            for module in [*model.transformer.h, model]:
-                fully_shard(module, mesh=data, offload_policy=offload, ignored_params=quantized)
+            for module in [*model.transformer.h, model]:  # quantized weights are buffers, which every process keeps whole
+                fully_shard(module, mesh=data, offload_policy=offload)
         return model
 
     return parallelize
@@ -237,7 +261,7 @@ def choose_logger(name: str, out_dir: Path, run_name: str, log: LogArgs | None =
         name: `csv` writes files below `out_dir/logs/csv`, `tensorboard` below `out_dir/logs/tensorboard`; wandb, mlflow and
             litlogger send the run where they are configured to.
         out_dir: The run's folder.
-        run_name: What the run is called where `log` has no better name.
+        run_name: What the run is called where neither `log` nor, for wandb, WANDB_RUN_NAME has a better name.
         log: Names and switches for the last three.
 
     Raises:
@@ -259,7 +283,10 @@ def _tensorboard(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
 
 def _wandb(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
     optional("wandb", "wandb")
-    return WandbLogger(save_dir=out_dir, **_given(name=log.run or run_name, project=log.project, group=log.group, log_model=log.log_model))
+    name = log.run or os.environ.get("WANDB_RUN_NAME") or os.environ.get("WANDB_NAME") or run_name
+    project = log.project or os.environ.get("WANDB_PROJECT") or "litgpt"
+    given = _given(group=log.group or os.environ.get("WANDB_RUN_GROUP"), config=log.metadata, checkpoint_name=log.checkpoint_name)
+    return WandbLogger(save_dir=out_dir, name=name, project=project, log_model=log.log_model, **given)
 
 
 def _mlflow(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
@@ -271,6 +298,20 @@ def _litlogger(out_dir: Path, run_name: str, log: LogArgs) -> Logger:
     optional("litlogger", "litlogger")
     given = _given(teamspace=log.teamspace, metadata=log.metadata, checkpoint_name=log.checkpoint_name)
     return LitLogger(root_dir=out_dir, name=log.run or log.project or run_name, log_model=log.log_model, save_logs=log.save_logs, **given)
+
+
+def upload(logger: Logger, folder: Path, log: LogArgs) -> None:
+    """Send a checkpoint directory where the logger sends the run, if `log.log_model` says so; `csv` and `tensorboard` send nothing."""
+    if not log.log_model:
+        return
+    if isinstance(logger, WandbLogger):
+        artifact = optional("wandb", "wandb").Artifact(log.checkpoint_name or f"model-{logger.version}", type="model")
+        artifact.add_dir(str(folder))
+        logger.experiment.log_artifact(artifact)
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_artifacts(logger.run_id, str(folder), log.checkpoint_name or folder.name)
+    elif isinstance(logger, LitLogger):
+        logger.log_model_artifact(str(folder))
 
 
 def _given(**settings: Any) -> dict[str, Any]:

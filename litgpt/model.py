@@ -49,7 +49,7 @@ class GPT(nn.Module):
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
         self.rope = Rope(config)
-        self.activation_checkpointing = False  # compute each block again in its backward pass instead of keeping what it made
+        self.n_recomputed = 0  # so many blocks are computed again in their backward pass instead of keeping what they made
         self.expert_balance = 0.0  # how much `Loss.aux` makes of an uneven spread of tokens over experts
         self.tie()
 
@@ -147,8 +147,8 @@ class GPT(nn.Module):
         if self.config.learned_positions:
             x = x + self.transformer.wpe(context.positions.clamp(min=0))
         states = [None] * self.config.n_layer if span is None else span.cache.states
-        for block, state in zip(self.transformer.h, states, strict=True):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        for i, (block, state) in enumerate(zip(self.transformer.h, states, strict=True)):
+            if i < self.n_recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, state, use_reentrant=False)
             else:
                 x = block(x, context, state)

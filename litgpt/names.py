@@ -29,15 +29,23 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LIT_CONFIG = "model_config.yaml"
 LIT_WEIGHTS = "lit_model.pth"
 LIT_LORA = "lit_model.pth.lora"
+LIT_ADAPTER = "lit_model.pth.adapter"
+LIT_ADAPTER_V2 = "lit_model.pth.adapter_v2"
 PROMPT_STYLE = "prompt_style.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
+
+# Our files of Adapter and Adapter v2: what was trained, and beside which model
+OWN_ADAPTER = "adapter.safetensors"
+OWN_ADAPTER_BASE = "adapter.yaml"
 
 SOURCE = "source.json"  # which file or package a folder was imported from
 
 # Folders of a training run
 STEP = "step-{:06d}"
 FINAL = "final"
-BEST = "best"
+BEST = "best"  # a link to the step with the lowest validation loss
+REPORT = "report.html"
+LAST = "last"  # a link to the step that was saved last
 ADAPTER = "adapter"
 RUN_STATE = "run_state"
 STATE = "state.json"

@@ -3,56 +3,78 @@
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
+from litgpt.adamw import FORMATS, CompactAdamW
 from litgpt.args import OptimizerArgs, TrainArgs
 from litgpt.errors import UserError, did_you_mean
+
+NO_RATIOS: Mapping[str, float] = MappingProxyType({})
 
 # Optimizers
 
 
-def make_optimizer(args: OptimizerArgs, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """Return the optimizer that `args` name, over the trained ones of these parameters.
+def make_optimizer(args: OptimizerArgs, model: nn.Module, lr_ratios: Mapping[str, float] = NO_RATIOS) -> Optimizer:
+    """Return the optimizer that `args` name, over the trained parameters of a model.
 
     Weights decay only if they have two dimensions or more: norms and biases keep their size. Make it after Fabric has
     set up the model, for FSDP2 puts other parameters in the place of the model's.
 
     Args:
-        args: Which class, and its arguments.
-        parameters: Those of the model; frozen ones are left out.
+        args: Which class, its arguments, and in how many bits it keeps what it remembers.
+        model: Of which frozen parameters are left out.
+        lr_ratios: By what the learning rate is multiplied, for parameters whose name contains a key; the last such key counts.
 
     Raises:
         UserError: There is no such class, it cannot train here, does not take such an argument or value, or nothing is to be trained.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    ratios = {parameter: _ratio(name, lr_ratios) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = list(ratios)
     if not trained:
         raise UserError("Nothing is to be trained: all parameters are frozen.")
-    kind = _optimizer_class(args.name)
+    kind, forced = _in_few_bits(_optimizer_class(args.name), args.state)
     taken = inspect.signature(kind).parameters
     if unknown := [name for name in args.init_args if name not in taken]:
         hint = did_you_mean(unknown[0], taken) or f" It takes {', '.join(taken)}."
         raise UserError(f"`optimizer.init_args` names {unknown[0]!r}, which {kind.__name__} does not take.{hint}")
     wanted: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": tuple(args.betas)}
-    if _can_be_fused(trained) and not args.init_args.get("foreach"):
+    if "fused" in taken and _can_be_fused(trained) and not args.init_args.get("foreach"):
         wanted["fused"] = True  # one pass over the memory instead of ten
-    settings = {name: value for name, value in wanted.items() if name in taken} | args.init_args
+    settings = {name: value for name, value in wanted.items() if name in taken} | args.init_args | forced
     _check_settings(settings, trained[0].device)
-    groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for parameter in sorted(trained, key=lambda parameter: parameter.ndim < 2):
+        decays, ratio = parameter.ndim >= 2, ratios[parameter]
+        no_decay = {"weight_decay": 0.0} if "weight_decay" in taken and not decays else {}
+        groups.setdefault((decays, ratio), {"params": [], "lr_ratio": ratio} | no_decay)["params"].append(parameter)
     try:
-        decayed, kept = (
-            {"params": group} | ({"weight_decay": 0.0} if "weight_decay" in taken and group is groups[1] else {}) for group in groups
-        )
-        return kind([group for group in (decayed, kept) if group["params"]], **settings)
+        return kind(list(groups.values()), **settings)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"The optimizer {kind.__name__} refuses its arguments: {error}") from error
+
+
+def _ratio(name: str, lr_ratios: Mapping[str, float]) -> float:
+    return next((ratio for part, ratio in reversed(lr_ratios.items()) if part in name), 1.0)
+
+
+def _in_few_bits(kind: type[Optimizer], state: str) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return a class, and arguments for it, that trains as another does and remembers in fewer bits."""
+    if state not in FORMATS:
+        raise UserError(f"`optimizer.state` is one of {', '.join(FORMATS)}, but got {state!r}.{did_you_mean(state, FORMATS)}")
+    if state == "full":
+        return kind, {}
+    if kind not in (AdamW, Adam):
+        raise UserError(f"`optimizer.state` {state} is for AdamW and Adam, but the optimizer is {kind.__name__}. Use full.")
+    return CompactAdamW, {"state": state, "decoupled": kind is AdamW}
 
 
 def _can_be_fused(parameters: Sequence[nn.Parameter]) -> bool:
@@ -174,19 +196,20 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Let the next step of the optimizer have this learning rate."""
+    """Let the next step of the optimizer have this learning rate, times the ratio of each group."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_ratio", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 # Gradients
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float | None, non_finite: "FirstNonFinite | None" = None, step: int = 0) -> Tensor:
     """Scale the gradients so that their global norm is at most `max_norm`; return the norm before that, without waiting for the device.
 
     Each rank adds the squares of what it holds, divided by the number of ranks that hold the same piece; one sum over all ranks
@@ -195,8 +218,11 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     Args:
         model: The model after its backward passes.
         max_norm: None leaves the gradients as they are.
+        non_finite: Notes a norm that is not finite, and of which parameter.
+        step: The number of the step, for that note.
     """
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    grads = [parameter.grad for parameter in parameters]
     if not grads:
         return torch.zeros(())
     pieces = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
@@ -212,6 +238,8 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     else:
         total = squares.sum()  # one process, or DDP, whose ranks hold equal gradients
     norm = total.sqrt()
+    if non_finite is not None:
+        non_finite.update(norm, step, squares, model, parameters)
     if max_norm is not None:
         torch._foreach_mul_(pieces, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(pieces[0].device))
     return norm
@@ -228,30 +256,68 @@ def _n_holders(grad: Tensor) -> int:
 
 
 class FirstNonFinite:
-    """The first step whose gradient norm was not finite. It stays on the device; only asking for it waits.
+    """The first step whose loss or gradients were not finite, and where. It stays on the device; only asking for it waits.
 
-    The norm is the global one, so all ranks hold the same value and need no vote.
+    All of it is one number: the step, and below it 0 for the loss, or how far from the model's end the parameter is. The smallest
+    number over steps and ranks is then what the backward pass met first.
 
     Args:
         device: Where the norms are.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.value = torch.zeros((), dtype=torch.int64, device=device)
+    NONE, PLACES = 2**62, 2**24
 
-    def update(self, grad_norm: Tensor, step: int) -> None:
-        """Note a step (from 1) and its gradient norm."""
-        bad = (self.value == 0) & ~torch.isfinite(grad_norm).to(self.value.device)
-        self.value.copy_(torch.where(bad, step, self.value))
+    def __init__(self, device: torch.device | str) -> None:
+        self.value = torch.full((), self.NONE, dtype=torch.int64, device=device)
+        self.samples_of: Callable[[int], str] | None = None  # names the samples of a step
+        self.model: nn.Module | None = None
+        self.parameters: Sequence[nn.Parameter] = ()
+
+    def update(
+        self,
+        grad_norm: Tensor,
+        step: int,
+        squares: Tensor | None = None,
+        model: nn.Module | None = None,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> None:
+        """Note a step (from 1), its gradient norm, and the squared norm of what this rank holds of each parameter's gradient."""
+        self.model, self.parameters = model, parameters
+        place: Tensor | int = self.PLACES - 1  # nowhere on this rank
+        if squares is not None:
+            last = ((~torch.isfinite(squares)) * torch.arange(1, len(squares) + 1, device=squares.device)).amax().to(self.value.device)
+            place = torch.where(last > 0, 1 + len(squares) - last, place)
+        self._note(~torch.isfinite(grad_norm), step * self.PLACES + place)
+
+    def update_loss(self, loss: Tensor, step: int) -> None:
+        """Note a step and what this rank found of its loss."""
+        self._note(~torch.isfinite(loss), step * self.PLACES)
+
+    def _note(self, bad: Tensor, number: Tensor | int) -> None:
+        self.value.copy_(torch.where(bad.to(self.value.device), torch.clamp(self.value, max=number), self.value))
 
     def step(self) -> int | None:
         """Return the first such step, or None."""
-        return int(self.value.item()) or None
+        value = int(self.value.item())
+        return value // self.PLACES if value < self.NONE else None
 
     def check(self) -> None:
-        """Raise a UserError that names the step, if there was one."""
-        if (step := self.step()) is not None:
-            raise UserError(
-                f"The gradients of step {step} were not finite, so training stopped there and nothing was saved since. "
-                "Lower `optimizer.lr`, or raise `train.lr_warmup_steps`, and resume from the last saved step."
-            )
+        """Raise a UserError that names step, layer and samples, if there was such a step. All ranks must call this."""
+        if dist.is_initialized():
+            dist.all_reduce(self.value, dist.ReduceOp.MIN)
+        if (step := self.step()) is None:
+            return
+        what = "loss of step {} was" if self.value % self.PLACES == 0 else "gradients of step {} were"
+        samples = f", on {self.samples_of(step)}" if self.samples_of is not None else ""
+        raise UserError(
+            f"The {what.format(step)} not finite{self._first()}{samples}, so training stopped there "
+            "and nothing was saved since. Lower `optimizer.lr`, or raise `train.lr_warmup_steps`, and resume from the last saved step."
+        )
+
+    def _first(self) -> str:
+        """Return where the backward pass met it first: in the last of those layers, for it begins at the model's end."""
+        place = len(self.parameters) - int(self.value.item() % self.PLACES)
+        if self.model is None or not 0 <= place < len(self.parameters):
+            return ""
+        names = {parameter: name for name, parameter in getattr(self.model, "module", self.model).named_parameters()}
+        return f", first that of {names[self.parameters[place]]!r}"

@@ -135,13 +135,14 @@ def setup(
     cast_parameters(model, precision)
     size = described(model, precision)
     model = fabric.setup_module(model.train())
-    torch_optimizer = fabric.setup_optimizers(make_optimizer(optimizer, model.parameters()))
+    torch_optimizer = fabric.setup_optimizers(make_optimizer(optimizer, model))
 
     side_files = partial(write_side_files, origin=origin, dtype=dtype, hyperparameters=hyperparameters)
     same = {"seed": seed, "train.global_batch_size": train.global_batch_size, "samples": len(samples), "tokens of a sample": length}
-    same |= {"digest of the samples": digest(samples), "optimizer.name": optimizer.name, "precision": precision}
+    same |= {"digest of the samples": digest(samples), "optimizer.name": optimizer.name}
+    same |= {"optimizer.state": optimizer.state, "precision": precision}
     same |= {"fingerprint of the initial weights": base}
-    with Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files) as run:
+    with Run(fabric, model, torch_optimizer, out_dir, train, optimizer.lr, limits, same, side_files, eval.patience) as run:
         batch = f"{train.global_batch_size:,} of {counted(len(samples), 'sample')} of {counted(length, 'token')} in a step"
         run.progress.say(f"Pretraining {origin.config.name}: {size}, {batch}.")
         if origin.config.family is None:
@@ -154,13 +155,13 @@ def setup(
 def fit(run: Run, samples: Sequence[Sample], val_samples: Sequence[Sample], eval: EvalArgs, seed: int) -> None:
     """Train until a limit is reached."""
     train = run.train
-    if eval.initial_validation and run.step == 0:
+    if run.judged.owed or (eval.initial_validation and run.step == 0):
         run.validate(val_samples, eval)
 
     feed = run.feed(samples, seed)
     for epoch, microbatches, agreed in feed:
         loss = forward_backward(run.fabric, run.model, microbatches, agreed.n_targets)
-        grad_norm = run.take_step(agreed.n_tokens)
+        grad_norm = run.take_step(agreed, loss)
 
         if run.step % train.log_interval == 0:
             run.log(loss, grad_norm, epoch)  # the only line that waits for the device
@@ -168,7 +169,7 @@ def fit(run: Run, samples: Sequence[Sample], val_samples: Sequence[Sample], eval
             run.validate(val_samples, eval)
         if train.save_interval and run.step % train.save_interval == 0:
             run.save()
-        if run.limits.reached(run.meter.total_tokens):
+        if run.is_over():
             break
     run.end(feed)
 

@@ -18,7 +18,9 @@ from litgpt.args import optimizer_fields
 from litgpt.errors import MissingFile, UserError, did_you_mean
 
 DATA = "litgpt.data"  # the package whose names `--data` accepts
-OF_MOST_DATA = ("mask_prompt", "train_on", "truncation", "prompt_style", "val_split_fraction", "seed", "ignore_index", "num_workers")  # options of data sets
+OF_MOST_DATA = (  # options of data sets
+    *("mask_prompt", "train_on", "truncation", "prompt_style", "val_split_fraction", "seed", "ignore_index", "num_workers"),
+)
 OLDER_NAMES = {"learning_rate": "lr", "weight_decay": "weight_decay", "beta1": "beta1", "beta2": "beta2"}  # of 2024, under `train`
 
 

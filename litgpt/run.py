@@ -1,15 +1,17 @@
 """A training run as both training scripts see it: its samples, the step it goes on from, what it counts, shows, logs and saves."""
 
 import hashlib
+import math
 import os
 import shlex
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NoReturn, Self, TypeVar
 
 import torch
 from lightning import LightningDataModule
@@ -19,20 +21,28 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from litgpt import names
-from litgpt.args import EvalArgs, TrainArgs
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
+from litgpt.data.packing import PackedSamples
 from litgpt.errors import UserError, disk_error
 from litgpt.files import read_yaml
-from litgpt.metrics import Meter, ProgressLine, report, validation_values
+from litgpt.hardware import device_name
+from litgpt.launch import upload
+from litgpt.metrics import Journal, Meter, ProgressLine, profiled, report, summary, validation_values
 from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
-from litgpt.run_folder import DECIDE, changed_options, no_folder, results_in
-from litgpt.run_state import latest_step, load_run_state, save_run_state, saved_parameters
-from litgpt.training import Feed, Limits, Sample, StopRequest, take_step, validate, validation_microbatches
+from litgpt.report import answers_in, write_report
+from litgpt.run_folder import DECIDE, changed_options, delete_old_steps, no_folder, remove_links, results_in, set_link
+from litgpt.run_state import latest_step, load_run_state, loss_scaler, save_run_state, saved_parameters
+from litgpt.training import Agreed, Feed, Limits, Sample, StopRequest, steps, take_step, validate, validation_microbatches
 
 try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None
+
+Item = TypeVar("Item")
+VOTE_EVERY = 4  # microbatches of a validation, or tokens of an answer, lie between two looks at whether to stop
+MAX_NAMED = 32  # samples that an error lists
 
 # Data
 
@@ -127,6 +137,15 @@ def described(model: nn.Module, precision: str) -> str:
 # The run
 
 
+def _samples_of(step: int, samples: Sequence[Sample], train: TrainArgs, seed: int) -> str:
+    """Name the samples of a step by their numbers in the data set."""
+    indices = next(steps(len(samples), train.global_batch_size, seed, first=step)).indices
+    if isinstance(samples, PackedSamples):
+        indices = [i for row in indices for i in samples.rows[row]]
+    more = f" and {counted(len(indices) - MAX_NAMED, 'other')}" if len(indices) > MAX_NAMED else ""
+    return f"the samples {', '.join(map(str, sorted(indices)[:MAX_NAMED]))}{more} (the first is 0)"
+
+
 @contextmanager
 def _threads_without_disk_errors() -> Iterator[None]:
     """Let threads that write logs die in silence of a full disk: the next value to log raises their error again."""
@@ -136,6 +155,16 @@ def _threads_without_disk_errors() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = hook
+
+
+@dataclass
+class Judged:
+    """What the validations at `eval.interval` found, as each saved step keeps it."""
+
+    lowest: float | None = None  # loss
+    n_since: int = 0  # validations, none of which was lower
+    best: tuple[int, float] | None = None  # of the saved steps the one with the lowest loss, and that
+    owed: bool = False  # whether the system stopped the run in the validation of this step
 
 
 class Run:
@@ -151,6 +180,7 @@ class Run:
         limits: When the run ends.
         same: What a resumed run must have in common with the one before, lest it see other samples: option -> value.
         side_files: Writes config, tokenizer and the like into a step's folder.
+        patience: After how many validations in a row that did not lower the best loss the run ends.
     """
 
     def __init__(
@@ -164,7 +194,9 @@ class Run:
         limits: Limits,
         same: Mapping[str, Any],
         side_files: Callable[[Path], None],
+        patience: int | None = None,
     ) -> None:
+        self.patience = patience
         self.fabric, self.model, self.optimizer, self.out_dir, self.train = fabric, model, optimizer, out_dir, train
         self.peak, self.limits, self.same, self.side_files = peak, limits, dict(same), side_files
         self.warmup = warmup_steps(train, limits.max_steps)
@@ -175,7 +207,13 @@ class Run:
         self.open = ExitStack()
         self.lock: IO[str] | None = None
         self.made = False  # whether this run made its folder
+        self.journal = Journal(out_dir / "logs" / "metrics.jsonl")
+        self.told: list[dict[str, Any]] = []  # what it says of the step that the run goes on from
+        self.judged = Judged()
+        self.val_loss: tuple[int, float] | None = None  # the last step that `judged` knows, and its loss
         self.validated: int | None = None  # the last step after which all samples were
+        self.saved: int | None = None  # the last step that was, as it is now
+        self.links = True  # whether the disk can hold them
 
     def __enter__(self) -> Self:
         self._lock()
@@ -224,12 +262,21 @@ class Run:
             before = read_yaml(resumed / names.HYPERPARAMETERS)
             self._check_same(resumed, counters, before, hyperparameters)
             self.meter.step, self.meter.total_tokens = counters["step"], counters["total_tokens"]
+            self.judged = Judged(**counters.get("validations", {}))
+            if self.judged.best is not None and not self._best().is_dir():  # the run began in another folder
+                self.judged.best = None
+            self._point_links()
             self.progress.say(f"Going on after step {self.step}, from {resumed}.")
             if changed := changed_options(before, hyperparameters, "optimizer", "train"):
                 self.progress.say(f"Resuming with changed {', '.join(changed.values())}.")
         elif self.fabric.is_global_zero:
             for path in results_in(self.out_dir, unfinished=True):  # `step_to_resume` asked for permission, and `check_room` looked
                 shutil.rmtree(path)
+            remove_links(self.out_dir)
+        if self.fabric.is_global_zero:
+            with self._log_errors():
+                self.journal.cut_after(self.step if resumed is not None else -1)
+                self.told = [row for row in self.journal.rows() if row.get("step") == self.step]
         self.fabric.barrier()
         if type(self.fabric.logger).__name__ != "CSVLogger":  # which has no place for them
             with self._log_errors():
@@ -253,7 +300,18 @@ class Run:
     def feed(self, samples: Sequence[Sample], seed: int) -> Feed:
         """Return the microbatches of the steps to come, and start the clock."""
         self.meter.started = self.meter.last = self.meter.clock()
-        return Feed(self.fabric, samples, self.train, seed, self.step + 1, self.limits.last, self._wants_to_stop)
+        self.non_finite.samples_of = lambda step: _samples_of(step, samples, self.train, seed)
+        last = self.step if self.is_over() else self.limits.last
+        return Feed(self.fabric, samples, self.train, seed, self.step + 1, last, self._wants_to_stop)
+
+    def is_over(self) -> bool:
+        """Say whether the last step was the last of all: all tokens were seen, or the loss falls no more. Equal on all ranks."""
+        return self.limits.reached(self.meter.total_tokens) or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether as many validations in a row as allowed did not lower the loss. Equal on all ranks."""
+        return self.patience is not None and self.judged.n_since >= self.patience
 
     def _wants_to_stop(self) -> bool:
         return bool(self.stop) or self.limits.out_of_time(self.meter.elapsed())
@@ -263,16 +321,19 @@ class Run:
         train = self.train
         return learning_rate(step, self.peak, self.limits.max_steps, self.warmup, train.lr_schedule, train.min_lr)
 
-    def take_step(self, n_tokens: int) -> Tensor:
+    def take_step(self, agreed: Agreed, loss: Tensor | None = None) -> Tensor:
         """Clip the gradients and change the weights; return the gradients' norm before clipping, without waiting for the device.
 
         Args:
-            n_tokens: How many tokens the step saw, over all ranks.
+            agreed: What all ranks knew of the step.
+            loss: What this rank found of its loss.
         """
         step = self.step + 1
+        if loss is not None and loss_scaler(self.fabric) is None:
+            self.non_finite.update_loss(loss, step)
         lr, max_norm = self.learning_rate(step), self.train.max_norm
         grad_norm = take_step(self.fabric, self.model, self.optimizer, step, lr, max_norm, self.non_finite)
-        self.meter.count(n_tokens)
+        self.meter.count(agreed.n_tokens, agreed.n_slots, agreed.waited)
         return grad_norm
 
     def log(self, loss: Tensor, grad_norm: Tensor, epoch: int) -> None:
@@ -286,6 +347,14 @@ class Run:
     def _write_log(self, values: dict[str, float]) -> None:
         with self._log_errors():
             self.fabric.log_dict(values, self.step)
+        self._tell(**values)
+
+    def _tell(self, **values: Any) -> None:
+        """Write what was found of a step into the journal, unless a run that was killed later in it had done so."""
+        row = {"step": self.step, **values}
+        if self.fabric.is_global_zero and row not in self.told:
+            with self._log_errors():
+                self.journal.write(row)
 
     @contextmanager
     def _log_errors(self) -> Iterator[None]:
@@ -300,25 +369,91 @@ class Run:
             way = f" Then go on from {last} with `--resume true`." if last is not None else ""
             raise UserError(f"The logs in {self.out_dir / 'logs'} could not be written: {message}{way}") from error
 
-    def validate(self, samples: Sequence[Sample], eval: EvalArgs | None = None) -> None:
-        """Show and log the mean loss of a token over samples, or over as many as `eval.max_iters` allows; nothing if that was just done."""
+    def validate(self, samples: Sequence[Sample], eval: EvalArgs | None = None) -> float | None:
+        """Show, log and return the mean loss of a token over samples, or over as many as `eval.max_iters` allows; None if just done.
+
+        With `eval` it counts for `best` and `patience`; and the best so far is saved, if `eval.save_best` says so.
+        """
         sees_all = eval is None or len(samples) <= eval.max_iters * self.train.micro_batch_size
         if not len(samples) or (sees_all and self.validated == self.step):
-            return
-        self.validated = self.step if sees_all else None
+            return None
+        owed, self.judged.owed = self.judged.owed, eval is not None  # if the run is stopped in it
+        microbatches = self.unless_stopped(validation_microbatches(self.fabric, samples, self.train, eval))
         with self.meter.paused():
-            val_loss = validate(self.fabric, self.model, validation_microbatches(self.fabric, samples, self.train, eval))
+            val_loss = validate(self.fabric, self.model, microbatches)
             values = validation_values(val_loss)
             self.progress.say(f"step {self.step} | val loss {val_loss:.3f} | val ppl {values['val_ppl']:.2f}")
             self._write_log(values)
+        self.validated, self.judged.owed = self.step if sees_all else None, False
+        if eval is not None and self.step:
+            is_best = self._judge(val_loss)
+            if owed or (is_best and eval.save_best):
+                self.save()
+        return val_loss
+
+    def _judge(self, val_loss: float) -> bool:
+        """Note the validation loss of a step; say whether it is the lowest so far."""
+        is_best = val_loss < (math.inf if self.judged.lowest is None else self.judged.lowest)
+        self.judged.n_since = 0 if is_best else self.judged.n_since + 1
+        self.judged.lowest = val_loss if is_best else self.judged.lowest
+        self.val_loss, self.saved = (self.step, val_loss), None
+        return is_best
+
+    def unless_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items. Where the system asks any rank to stop meanwhile, save the step and leave the program, all ranks together.
+
+        Args:
+            items: Equally many on all ranks, and nothing that changes the training's state.
+        """
+        for i, item in enumerate(items):
+            if i % VOTE_EVERY == 0 and self._any_rank(bool(self.stop)):
+                self._leave()
+            yield item
+
+    def _any_rank(self, claim: bool) -> bool:
+        if self.fabric.world_size == 1:
+            return claim
+        return bool(self.fabric.all_reduce(torch.tensor(float(claim), device=self.fabric.device), reduce_op="sum").item())
+
+    def _folder(self, step: int) -> Path:
+        return self.out_dir / names.STEP.format(step)
+
+    def _best(self) -> Path | None:
+        return None if self.judged.best is None else self._folder(self.judged.best[0])
 
     def save(self) -> Path:
-        """Write the folder of the step that is done."""
-        folder = self.out_dir / names.STEP.format(self.step)
-        counters = {"step": self.step, "total_tokens": self.meter.total_tokens, **self.same}
+        """Write the folder of the step that is done, unless it was just written; let the links name it, delete what is too old."""
+        folder = self._folder(self.step)
+        if self.saved == self.step:
+            return folder
+        best = math.inf if self.judged.best is None else self.judged.best[1]
+        if self.val_loss is not None and self.val_loss[0] == self.step and self.val_loss[1] < best:
+            self.judged.best = self.val_loss
+        counters = {"step": self.step, "total_tokens": self.meter.total_tokens, "validations": asdict(self.judged), **self.same}
         with self.meter.paused():
             save_run_state(self.fabric, folder, self.model, self.optimizer, counters, self.side_files, self.non_finite)
+            self.saved = self.step
+            self._point_links()
+            if self.train.keep_last is not None and self.fabric.is_global_zero:
+                try:
+                    delete_old_steps(self.out_dir, self.train.keep_last, self._best(), self._is_of_this_run)
+                except OSError as error:
+                    self.progress.say(f"An old step could not be deleted: {error}")
         return folder
+
+    def _is_of_this_run(self, counters: Mapping[str, Any]) -> bool:
+        step = counters.get("step")
+        return isinstance(step, int) and step <= self.step and all(counters.get(name) == value for name, value in self.same.items())
+
+    def _point_links(self) -> None:
+        """Let `last` name the step that is done and `best` the best one, as far as these are in this run's folder."""
+        if not self.fabric.is_global_zero or not self.links:
+            return
+        for name, folder in ((names.LAST, self._folder(self.step)), (names.BEST, self._best())):
+            if folder is not None and folder.is_dir() and not set_link(self.out_dir / name, folder):
+                self.links = False
+                self.progress.say(f"No link {self.out_dir / name} could be made to {folder.name}; the steps themselves are whole.")
+                return
 
     def end(self, feed: Feed) -> None:
         """Check the last steps. If the system asked this run to stop, save its step and leave the program, so that it can be resumed.
@@ -327,14 +462,40 @@ class Run:
             SystemExit: The system asked to stop, on whichever rank: 130 after Ctrl-C, 143 after SIGTERM.
         """
         self.non_finite.check()
-        asked = self.fabric.all_reduce(torch.tensor(float(bool(self.stop)), device=self.fabric.device), reduce_op="sum").item()
-        if feed.stopped and asked:
-            folder = self.save() if self.step else None
-            where = f"Its state is in {folder}: go on with `--resume true`." if folder else "Nothing was learned yet."
-            self.progress.say(f"Stopped after step {self.step}, as asked. {where}")
-            raise SystemExit(128 + (self.stop.number or signal.SIGTERM))  # as the shell says it of a program that a signal ended
+        if feed.stopped and self._any_rank(bool(self.stop)):
+            self._leave()
         if feed.stopped:
             self.progress.say(f"Stopping after step {self.step}: `train.max_time` is over.")
+        elif self.out_of_patience:
+            n_worse = counted(self.judged.n_since, "validation")
+            self.progress.say(f"Stopping after step {self.step}: the validation loss did not fall in the last {n_worse}.")
+
+    @contextmanager
+    def profiled(self, n_steps: int | None) -> Iterator[Callable[[], None]]:
+        """Yield what is to be called after each step; so many are recorded in `logs/trace.json`, from the third on."""
+        with profiled(n_steps if self.fabric.is_global_zero else None, self.out_dir / "logs" / "trace.json") as step_done:
+            yield step_done
+
+    def note_answer(self, prompt: str, answer: str) -> None:
+        """Show and log what the model, as it is now, answered to a prompt."""
+        self.progress.say(f"{prompt}\n>>> {answer}")
+        self._tell(prompt=prompt, answer=answer)
+
+    def report(self, settings: Mapping[str, Any], facts: Mapping[str, str], final: Path, log: LogArgs) -> None:
+        """Write `report.html`, and send the result where the logger sends the run, if the options say so."""
+        if not self.fabric.is_global_zero:
+            return
+        rows, known = self.journal.rows(), summary(self.meter) | {"machine": device_name(self.fabric.device)}
+        with self._log_errors():
+            write_report(self.out_dir / names.REPORT, rows, settings, {**facts, **known}, answers_in(rows))
+        upload(self.fabric.logger, final, log)
+
+    def _leave(self) -> NoReturn:
+        """Save the step that is done and leave the program, as the system asked. All ranks call this."""
+        folder = self.save() if self.step else None
+        where = f"Its state is in {folder}: go on with `--resume true`." if folder else "Nothing was learned yet."
+        self.progress.say(f"Stopped after step {self.step}, as asked. {where}")
+        raise SystemExit(128 + (self.stop.number or signal.SIGTERM))  # as the shell says it of a program that a signal ended
 
     def finish(self, final: Path, write: Callable[[dict[str, Tensor]], None]) -> None:
         """Write the result, and show what the run took. Should writing fail on one device, the last step is saved, if the disk has room.

@@ -3,7 +3,8 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from litgpt.checkpoint import base_of, has_lora, read_hyperparameters
 from litgpt.errors import MissingFile, UserError
 from litgpt.files import OURS, read_json
 from litgpt.run_state import latest_step
+
+A_STEP = names.STEP.replace("{:06d}", "[0-9]+")
 
 
 def run_folder(out_dir: Path) -> Path:
@@ -67,10 +70,11 @@ def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: b
             return found
     elif resume not in (False, None, "false"):
         folder = Path(resume)
+        folder = folder.resolve() if folder.is_symlink() else folder  # `last` and `best` will name other steps
         found = folder if (folder / names.RUN_STATE / names.STATE).is_file() else latest_step(folder)
         if found is None:
             raise MissingFile(f"`resume` names {folder}, which is no step of a run and holds none, such as {names.STEP.format(100)}.")
-        if found.absolute().parent == out_dir.absolute():
+        if found.resolve().parent == out_dir.resolve():
             return found
     else:
         found = None
@@ -81,10 +85,11 @@ def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: b
 
 
 def results_in(out_dir: Path, unfinished: bool = False) -> list[Path]:
-    """Return the steps and final folders of a run, those too that were being written if `unfinished` are wanted."""
-    finished = f"{names.STEP.replace('{:06d}', '[0-9]+')}|{names.FINAL}|{names.BEST}"
+    """Return the steps and final folders of a run, those too that were being written if `unfinished` are wanted; no links of ours."""
+    finished = "|".join([A_STEP, names.FINAL, names.BEST, names.LAST])
     pattern = rf"({finished})(\.old)?({re.escape(names.PARTIAL)})?" if unfinished else finished
-    return sorted(path for path in out_dir.glob("*") if path.is_dir() and re.fullmatch(pattern, path.name))
+    found = (path for path in out_dir.glob("*") if re.fullmatch(pattern, path.name))
+    return sorted(path for path in found if path.is_dir() and not is_link(path))
 
 
 def check_room(out_dir: Path, data: LightningDataModule, *checkpoints: Path | None) -> None:
@@ -130,11 +135,71 @@ def write_options(folder: Path, options: Mapping[str, Any]) -> None:
     (folder / names.HYPERPARAMETERS).write_text(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
 
 
+# Links to steps, and steps that are no longer wanted
+
+
+def is_link(path: Path) -> bool:
+    """Whether a path is a link of a run to one of its steps, as `set_link` makes it."""
+    return path.is_symlink() and re.fullmatch(A_STEP, os.readlink(path)) is not None
+
+
+def set_link(path: Path, step: Path) -> bool:
+    """Let `last` or `best` name a step beside it, at once; say whether this file system can."""
+    partial = path.with_name(path.name + names.PARTIAL)
+    try:
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(step.name)
+        os.replace(partial, path)
+    except OSError:  # no links there, or something of the user's has the name
+        return False
+    return True
+
+
+def remove_links(out_dir: Path) -> None:
+    """Delete the links to steps that are to be deleted."""
+    for path in out_dir.glob("*"):
+        if path.name.removesuffix(names.PARTIAL) in (names.LAST, names.BEST) and is_link(path):
+            path.unlink()
+
+
+def delete_old_steps(out_dir: Path, keep_last: int, best: Path | None, of_this_run: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Delete the steps before the last ones, but for those that a link names. Whoever is killed meanwhile leaves no half of a step.
+
+    Args:
+        out_dir: The run's folder.
+        keep_last: How many to keep.
+        best: One that is kept too, for the disk may not know links.
+        of_this_run: Says of the counters of a step whether it is one of the run's.
+    """
+    kept = {path.resolve() for path in (out_dir / names.LAST, out_dir / names.BEST, best) if path is not None}
+    found = sorted((int(path.name.rpartition("-")[2]), path) for path in out_dir.glob("*") if re.fullmatch(A_STEP, path.name))
+    steps = [(number, path) for number, path in found if not path.is_symlink()]
+    whole = [path for _, path in steps if (counters := _counters(path)) is not None and of_this_run(counters)]
+    half = [path for _, path in steps if (path / OURS).is_file() and not (path / names.RUN_STATE / names.STATE).exists()]
+    for path in [*half, *whole[:-keep_last]]:
+        if path.resolve() not in kept:
+            (path / OURS).touch()
+            (path / names.RUN_STATE / names.STATE).unlink(missing_ok=True)  # without which it is no step
+            for part in path.iterdir():
+                if part.name != OURS:
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+            shutil.rmtree(path)
+
+
+def _counters(step: Path) -> Mapping[str, Any] | None:
+    state = step / names.RUN_STATE / names.STATE
+    try:
+        counters = read_json(state).get("counters")
+    except UserError:  # damaged
+        return None
+    return counters if isinstance(counters, dict) else None
+
+
 # The run before
 
 
 DECIDE = "the data's files, the tokenizer, `mask_prompt`, `prompt_style`, `seed` or `max_seq_length`"  # which samples there are
-NO_EFFECT = ("train.save_interval", "train.log_interval")
+NO_EFFECT = ("train.save_interval", "train.log_interval", "train.keep_last")
 
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any], *groups: str) -> dict[str, str]:

@@ -266,12 +266,19 @@ def _places(fabric: Fabric, saved: dict[str, Any], parameters: dict[str, nn.Para
     for name, described in saved.items():
         if name.startswith(OPTIMIZER):
             parameter = parameters[name.removeprefix(OPTIMIZER).rsplit("/", 1)[0]]
-            is_moment, dtype = described.size == parameter.shape, described.properties.dtype
-            empty = torch.empty_like(parameter, dtype=dtype, requires_grad=False) if is_moment else torch.empty(described.size, dtype=dtype)
-            tensors[name] = empty
+            tensors[name] = _place_beside(parameter.detach(), described.size, described.properties.dtype)
         elif name.startswith(f"{GENERATOR}{fabric.global_rank}/"):
             tensors[name] = torch.empty(described.size, dtype=torch.uint8)
     return tensors
+
+
+def _place_beside(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor for what an optimizer remembers of a parameter, cut over ranks as that is if it has as many rows."""
+    if size == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype)
+    if len(size) == parameter.ndim >= 2 and size[:-1] == parameter.shape[:-1] and size[-1] <= parameter.shape[-1]:
+        return torch.empty_like(parameter[..., : size[-1]], dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty(size, dtype=dtype)
 
 
 def latest_step(out_dir: Path) -> Path | None:
@@ -323,7 +330,7 @@ def restore_generators(states: dict[str, Tensor]) -> None:
 
 def _own_values(group: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Return what an optimizer counts in a group, which is not among its settings."""
-    return {key: value for key, value in group.items() if key != "params" and key not in optimizer.defaults}
+    return {key: value for key, value in group.items() if key not in ("params", "lr_ratio") and key not in optimizer.defaults}
 
 
 def _machine(fabric: Fabric) -> dict[str, Any]:

@@ -492,7 +492,7 @@ def test_the_options_of_a_data_set_are_shown_with_those_it_inherits(capsys):
     assert run("m", "--data.help", "JSON") is None
     text = capsys.readouterr().out
     assert "--data.json_path" in text and "--data.mask_prompt" in text
-    assert "Whether only the answers are trained on" in " ".join(text.split())
+    assert "Whether only answers are trained on" in " ".join(text.split())
 
 
 def test_a_model_config_is_a_mapping_a_file_or_single_flags(recipe):

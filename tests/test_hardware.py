@@ -1,6 +1,7 @@
 """What the machine is said to have."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,43 @@ def test_a_device_that_is_not_here_is_refused():
 def test_the_machine_has_a_name_instructions_and_memory():
     assert hardware.device_name(torch.device("cpu")) and isinstance(hardware.instruction_sets(), str)
     assert 0.1 < hardware.device_memory_gb(torch.device("cpu")) < 1e5
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 PCIe", torch.float16, 756e12),
+        ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA A10G", torch.bfloat16, 70e12),
+        ("NVIDIA L4", torch.bfloat16, 121e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165e12),
+        ("Tesla V100-SXM2-32GB", torch.float16, 125e12),
+        ("Tesla V100-PCIE-16GB", torch.float16, 112e12),
+        ("Tesla V100-SXM2-32GB", torch.bfloat16, "measured"),  # which it emulates
+        ("NVIDIA A100-SXM4-80GB", torch.float32, "measured"),  # other units do these
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", torch.bfloat16, "measured"),
+        ("NVIDIA Z9000", torch.bfloat16, "measured"),
+    ],
+)
+def test_the_peak_of_a_known_gpu_is_its_makers(monkeypatch, name, dtype, expected):
+    monkeypatch.setattr(hardware, "device_name", lambda device: name)
+    monkeypatch.setattr(hardware, "_measured_flops", lambda *_: "measured")
+    assert hardware.peak_flops.__wrapped__(dtype, torch.device("cuda")) == expected
+
+
+def test_the_peak_of_this_processor_is_what_it_does():
+    cpu = torch.device("cpu")
+    start = time.perf_counter()
+    peak = hardware.peak_flops(torch.float32, cpu)
+    seconds = time.perf_counter() - start
+    assert 1e8 < peak < 1e15 and 5 * 2 * 1024**3 / peak <= seconds, "the best of five products was no faster than all of them"
+    a, b = torch.ones(300, 300), torch.ones(300, 300)
+    best = min(hardware._seconds(a, b) for _ in range(20))
+    assert 2 * 300**3 / best < 4 * peak, "a small product is not much faster than the peak"
+    assert hardware._measured_flops(torch.float4_e2m1fn_x2, cpu) is None, "a type without products has no peak"
 
 
 def test_the_peak_of_memory_grows_with_what_is_held():

@@ -406,13 +406,7 @@ LATER = {  # what stands here speaks for its parts too: a command for its flags,
     "litgpt.model.GroupedTopkRouter",
     "litgpt.model.do_softcapping",
     # data sets
-    "litgpt.data.Alpaca2k",
-    "litgpt.data.AlpacaGPT4",
-    "litgpt.data.Deita",
-    "litgpt.data.FLAN",
-    "litgpt.data.LIMA",
     "litgpt.data.LitData",
-    "litgpt.data.LongForm",
     "litgpt.data.OpenWebText",
     "litgpt.data.TinyLlama",
     "litgpt.data.TinyStories",
@@ -468,8 +462,8 @@ NOT_KEPT = {
     "litgpt.api.LLM.prev_generated_seq_length": ONE_CACHE,
     **{f"litgpt.args.TrainArgs.{name}": STEPS for name in ("batch_size", "gradient_accumulation_iters", "warmup_iters")},
 }
-TRAINING = ("finetune", "finetune_lora", "finetune_full", "pretrain")
-TUNING = TRAINING[:3]
+TUNING = ("finetune", "finetune_lora", "finetune_full", "finetune_adapter", "finetune_adapter_v2")
+TRAINING = (*TUNING, "pretrain")
 WARM_UP = "null means the smaller of 100 and a tenth of the steps, so that short runs reach their peak"
 END = "null means a tenth of the peak, whatever the peak is"
 CLIPPED = "gradients are clipped unless one says null"

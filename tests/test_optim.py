@@ -5,9 +5,18 @@ import math
 import pytest
 import torch
 
+from litgpt.adamw import CompactAdamW
 from litgpt.args import OptimizerArgs, TrainArgs
 from litgpt.errors import UserError
-from litgpt.optim import check_schedule, clip_gradients, learning_rate, make_optimizer, set_learning_rate, warmup_steps
+from litgpt.optim import (
+    FirstNonFinite,
+    check_schedule,
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    warmup_steps,
+)
 
 
 def layer() -> torch.nn.Module:
@@ -19,21 +28,21 @@ def layer() -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", ["AdamW", "torch.optim.AdamW", "torch.optim.adamw.AdamW"])
 def test_a_class_goes_by_its_name_or_its_path(name):
-    optimizer = make_optimizer(OptimizerArgs(name, lr=0.1, betas=(0.8, 0.9), init_args={"eps": 1e-3}), layer().parameters())
+    optimizer = make_optimizer(OptimizerArgs(name, lr=0.1, betas=(0.8, 0.9), init_args={"eps": 1e-3}), layer())
     assert type(optimizer) is torch.optim.AdamW
     assert (optimizer.defaults["lr"], optimizer.defaults["betas"], optimizer.defaults["eps"]) == (0.1, (0.8, 0.9), 1e-3)
 
 
 def test_a_class_gets_only_the_arguments_it_takes():
-    optimizer = make_optimizer(OptimizerArgs("SGD", lr=0.1, init_args={"momentum": 0.9}), layer().parameters())
+    optimizer = make_optimizer(OptimizerArgs("SGD", lr=0.1, init_args={"momentum": 0.9}), layer())
     assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.9 and "betas" not in optimizer.defaults
-    assert type(make_optimizer(OptimizerArgs("Rprop"), layer().parameters())) is torch.optim.Rprop  # no weight decay either
+    assert type(make_optimizer(OptimizerArgs("Rprop"), layer())) is torch.optim.Rprop  # no weight decay either
 
 
 def test_weights_decay_and_norms_and_biases_do_not():
     model = layer()
-    before, optimizer = [p.detach().clone() for p in (model.weight, model.bias)], None
-    optimizer = make_optimizer(OptimizerArgs(lr=0.1, weight_decay=0.5), model.parameters())
+    before = [p.detach().clone() for p in (model.weight, model.bias)]
+    optimizer = make_optimizer(OptimizerArgs(lr=0.1, weight_decay=0.5), model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -44,10 +53,10 @@ def test_weights_decay_and_norms_and_biases_do_not():
 def test_only_what_is_trained_is_in_the_optimizer():
     model = layer()
     model.weight.requires_grad_(False)
-    optimizer = make_optimizer(OptimizerArgs(), model.parameters())
+    optimizer = make_optimizer(OptimizerArgs(), model)
     assert [p for group in optimizer.param_groups for p in group["params"]] == [model.bias]
     with pytest.raises(UserError, match="frozen"):
-        make_optimizer(OptimizerArgs(), [model.weight])
+        make_optimizer(OptimizerArgs(), model.requires_grad_(False))
 
 
 @pytest.mark.parametrize(
@@ -72,12 +81,16 @@ def test_only_what_is_trained_is_in_the_optimizer():
         (OptimizerArgs(betas=(0.9, math.nan)), "`betas` is a finite number"),
         (OptimizerArgs("SGD", lr=math.nan), "`lr` is a finite number"),
         (OptimizerArgs(init_args={"eps": math.nan}), "`eps` is a finite number"),
+        (OptimizerArgs(state="8bits"), "`optimizer.state` is one of full, bf16, 8bit, but got '8bits'. Did you mean '8bit'"),
+        (OptimizerArgs("SGD", state="bf16"), "`optimizer.state` bf16 is for AdamW and Adam, but the optimizer is SGD. Use full."),
+        (OptimizerArgs(state="8bit", init_args={"amsgrad": True}), "'amsgrad', which CompactAdamW does not take"),
+        (OptimizerArgs(state="8bit", betas=(0.9, 1.0)), "refuses"),
     ],
     ids=str,
 )
 def test_a_wrong_optimizer_is_one_sentence(args, words):
     with pytest.raises(UserError, match=words):
-        make_optimizer(args, layer().parameters())
+        make_optimizer(args, layer())
 
 
 def every_class() -> list[str]:
@@ -88,7 +101,7 @@ def every_class() -> list[str]:
 def test_every_optimizer_of_torch_makes_a_step_or_is_refused(name):
     model = torch.nn.Linear(3, 2, bias=False)  # Muon takes matrices only
     try:
-        optimizer = make_optimizer(OptimizerArgs(name), model.parameters())
+        optimizer = make_optimizer(OptimizerArgs(name), model)
     except UserError:
         assert name in ("LBFGS", "SparseAdam")
         return
@@ -101,15 +114,34 @@ def test_every_optimizer_of_torch_makes_a_step_or_is_refused(name):
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
 def test_foreach_takes_the_place_of_our_fused_steps(name):
     for foreach in (True, False, None):
-        optimizer = make_optimizer(OptimizerArgs(name, init_args={"foreach": foreach}), layer().parameters())
+        optimizer = make_optimizer(OptimizerArgs(name, init_args={"foreach": foreach}), layer())
         assert optimizer.defaults["fused"] is (None if foreach else True) and optimizer.defaults["foreach"] is foreach
-    assert make_optimizer(OptimizerArgs(name, init_args={"fused": False}), layer().parameters()).defaults["fused"] is False
+    assert make_optimizer(OptimizerArgs(name, init_args={"fused": False}), layer()).defaults["fused"] is False
 
 
 def test_the_learning_rate_is_set_in_all_groups():
-    optimizer = make_optimizer(OptimizerArgs(), layer().parameters())
+    optimizer = make_optimizer(OptimizerArgs(), layer())
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_adam_in_few_bits_gets_the_same_arguments(name, state):
+    args = OptimizerArgs(name, lr=0.1, weight_decay=0.5, betas=(0.8, 0.9), state=state, init_args={"eps": 1e-3})
+    optimizer = make_optimizer(args, layer())
+    settings = dict(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5, state=state, decoupled=name == "AdamW")
+    assert isinstance(optimizer, CompactAdamW) and optimizer.defaults == settings
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_parameters_get_the_ratio_of_the_last_part_that_their_name_has():
+    model = torch.nn.ModuleDict({"a": layer(), "b": layer()})
+    optimizer = make_optimizer(OptimizerArgs(lr=0.5, weight_decay=0.1), model, {"b.": 4.0, "b.bias": 8.0})
+    set_learning_rate(optimizer, 0.25)
+    found = {parameter: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]}
+    rates = {name: found[parameter] for name, parameter in model.named_parameters()}
+    assert rates == {"a.weight": (0.25, 0.1), "a.bias": (0.25, 0.0), "b.weight": (1.0, 0.1), "b.bias": (2.0, 0.0)}
 
 
 # The schedule
@@ -206,3 +238,50 @@ def test_the_norm_of_small_gradients_is_summed_in_fp32():
     model = layer().bfloat16()
     model.weight.grad = torch.full((2, 3), 1.0, dtype=torch.bfloat16)
     assert clip_gradients(model, None).item() == pytest.approx(math.sqrt(6), rel=1e-6)
+
+
+# What is not finite
+
+
+def backward(spoilt: list[int], large: bool = False) -> tuple[torch.nn.Module, FirstNonFinite]:
+    """Four layers of which some have gradients that are not finite, after they were clipped in step 3."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(4)))
+    for i, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, 1e30 if large else 1.0)
+        if i in spoilt:
+            parameter.grad[1, 2] = (math.nan, math.inf)[i % 2]
+    flag = FirstNonFinite("cpu")
+    clip_gradients(model, 1.0, flag, 3)
+    return model, flag
+
+
+@pytest.mark.parametrize("spoilt", [[2], [1], [0, 1, 2], [0, 2], [3], [0, 1, 2, 3]])
+def test_the_layer_that_the_backward_pass_met_first_is_named(spoilt):
+    with pytest.raises(UserError, match=rf"The gradients of step 3 were not finite, first that of '{max(spoilt)}.weight', so training"):
+        backward(spoilt)[1].check()
+
+
+def test_a_norm_that_is_too_large_to_be_a_number_is_not_finite():
+    with pytest.raises(UserError, match=r"gradients of step 3 were not finite, first that of '3.weight'"):
+        backward([], large=True)[1].check()
+
+
+def test_the_first_step_sticks_and_its_samples_are_named():
+    backward([])[1].check()
+    model, flag = backward([1])
+    flag.samples_of = lambda step: f"the samples of {step}"
+    for parameter in model.parameters():
+        parameter.grad.fill_(math.nan)
+    clip_gradients(model, None, flag, 4)
+    flag.update_loss(torch.tensor(math.inf), 4)
+    assert flag.step() == 3
+    with pytest.raises(UserError, match="step 3 were not finite, first that of '1.weight', on the samples of 3, so training stopped"):
+        flag.check()
+
+
+def test_a_loss_that_is_not_finite_is_named_before_the_gradients_of_its_step():
+    model, flag = backward([0])
+    flag.update_loss(torch.tensor(1.0), 2)
+    flag.update_loss(torch.tensor(math.nan), 3)
+    with pytest.raises(UserError, match=r"The loss of step 3 was not finite, so training stopped there"):
+        flag.check()

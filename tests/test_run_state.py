@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from litgpt import names, run_state
+from litgpt.args import OptimizerArgs
 from litgpt.errors import MissingFile, UserError
+from litgpt.optim import make_optimizer, set_learning_rate
 from litgpt.weight_files import read_raw
 
 DCP = "DCP_SHARDING_INFO"  # torch's name for where slices begin
@@ -36,6 +38,31 @@ def saved(whole, tmp_path) -> Path:
 def load(folder: Path) -> dict:
     fabric, model, optimizer = workers.set_up()
     return run_state.load_run_state(fabric, folder, model, optimizer)
+
+
+@pytest.mark.parametrize("state", ["full", "bf16", "8bit"])
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_averages_in_few_bits_go_on_bit_for_bit_and_learning_rates_are_those_of_this_run(tmp_path, name, state):
+    def steps(numbers: range, ratio: float, folder: Path | None = None) -> list[torch.Tensor]:
+        fabric, model, _ = workers.set_up()
+        args = OptimizerArgs(name, lr=1e-2, state=state, weight_decay=0.1)
+        optimizer = fabric.setup_optimizers(make_optimizer(args, model, {"attn": ratio}))
+        if folder is not None:
+            run_state.load_run_state(fabric, folder, model, optimizer)
+        for step in numbers:
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            set_learning_rate(optimizer, 1e-3 * step)
+            optimizer.step()
+        assert {group["lr"] for group in optimizer.param_groups} == {1e-3 * step, 1e-3 * step * ratio}
+        run_state.save_run_state(fabric, tmp_path / "step-000003", model, optimizer, {})
+        return [parameter.detach() for parameter in model.parameters()]
+
+    steps(range(1, 4), ratio=2.0)
+    resumed = steps(range(4, 7), ratio=2.0, folder=tmp_path / "step-000003")
+    assert all(map(torch.equal, resumed, steps(range(1, 7), ratio=2.0)))
+    steps(range(4, 7), ratio=4.0, folder=tmp_path / "step-000003")
 
 
 def state_of(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -58,7 +59,7 @@ def gradients(fabric: Fabric, dtype: torch.dtype, micro_batch_size: int, by_mean
     microbatches = training.microbatches_of(workers.samples(8), micro_batch_size)
     n_targets = sum(int((microbatch.targets != -100).sum()) for microbatch in microbatches)
     if by_mean:
-        losses = [model(ids, targets=targets) for ids, targets, _ in microbatches]
+        losses = [model(ids, targets=targets) for ids, targets, *_ in microbatches]
         sum(nll / n.clamp(min=1) / len(losses) for nll, n, _ in losses).backward()
         return 0.0, torch.cat([p.grad.flatten() for p in model.parameters()])
     loss = training.forward_backward(fabric, model, microbatches, n_targets)
@@ -81,7 +82,7 @@ def test_control_the_mean_of_microbatch_means_is_another_gradient(fabric):
 
 def test_gradients_are_those_of_the_mean_over_all_targets(fabric):
     model = workers.build().double()
-    ids, targets, _ = training.padded(workers.samples(8))
+    ids, targets, *_ = training.padded(workers.samples(8))
     torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(gradients(fabric, torch.float64, 3)[1], expected, rtol=1e-10, atol=1e-12)
@@ -118,9 +119,9 @@ def test_samples_are_shifted_padded_on_the_right_and_sorted_by_length():
 
 def test_two_ranks_train_as_one_does_also_with_uneven_and_with_no_data_on_one():
     even, uneven, one_idle = (dict(batch=n, n_steps=5) for n in (8, 7, 1))  # samples a step
-    settings = [("full", even), ("full", uneven), ("full", one_idle), ("lora", uneven)]
+    settings = [("full", even), ("full", uneven), ("full", one_idle), ("lora", uneven), ("full", dict(uneven, packing=False))]
     cases = [("train", dict(strategy=strategy, method=method, **sizes)) for strategy in ("ddp", "fsdp") for method, sizes in settings]
-    references = [workers.train(method=method, **sizes) for method, sizes in settings] * 2
+    references = [workers.train(method=method, **sizes | dict(packing=False)) for method, sizes in settings] * 2
     for run, reference in zip(on_ranks(*cases), references, strict=True):
         assert_same_run(run, reference, 2e-5)
         close(run["norms"], reference["norms"], 1e-4)
@@ -138,13 +139,15 @@ def test_clipping_equals_torchs_in_every_layout():
 
 
 def test_validation_is_the_mean_over_all_targets_whatever_the_layout():
-    ids, targets, _ = training.padded(workers.samples(9, seed=3))
+    ids, targets, *_ = training.padded(workers.samples(9, seed=3))
     model = workers.build().eval()
     expected = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).item()
+    layouts = [dict(), dict(packing=False), dict(sized=False)]
     cases = [("validate", dict(strategy=strategy, micro=micro)) for strategy in ("ddp", "fsdp") for micro in (1, 4)]
-    for loss in [workers.validate(micro=3), *on_ranks(*cases)]:
+    cases += [("validate", dict(micro=2, **layout)) for layout in layouts]
+    for loss in [*(workers.validate(micro=3, **layout) for layout in layouts), *on_ranks(*cases)]:
         assert loss == pytest.approx(expected, rel=1e-6)
-    ids, targets, _ = training.padded(workers.samples(9, seed=3)[:4])
+    ids, targets, *_ = training.padded(workers.samples(9, seed=3)[:4])
     first = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).item()
     assert workers.validate(micro=2, max_iters=2) == pytest.approx(first, rel=1e-6)
     assert on_ranks(("validate", dict(micro=2, max_iters=2))) == [pytest.approx(first, rel=1e-6)]
@@ -256,6 +259,42 @@ def test_the_feed_stops_before_a_step_that_is_not_wanted(fabric):
     assert len(list(feed)) == 2 and feed.stopped
 
 
+def test_the_feed_counts_tokens_with_and_without_padding(fabric):
+    data = [dict(input_ids=torch.arange(n), labels=torch.arange(n)) for n in (3, 9, 5)]
+    for packing, n_slots in ((False, 24), (True, 14)):
+        args = TrainArgs(global_batch_size=3, micro_batch_size=3, packing=packing)
+        (_, _, agreed), *_ = training.Feed(fabric, data, args, seed=0, last=1)
+        assert (agreed.n_targets, agreed.n_tokens, agreed.n_slots) == (14, 14, n_slots)
+
+
+def test_the_feed_says_how_long_the_data_was_waited_for(fabric):
+    class Slow(list):
+        def __getitem__(self, i):
+            time.sleep(0.02)
+            return super().__getitem__(i)
+
+    for _, _, agreed in training.Feed(fabric, Slow(workers.samples(4)), TrainArgs(global_batch_size=4), seed=0, last=1):
+        assert 0.08 <= agreed.waited < 5
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_a_step_without_any_target_is_refused(fabric, packing):
+    learnt = dict(input_ids=torch.arange(4), labels=torch.arange(4))
+    masked = dict(input_ids=torch.arange(4), labels=torch.full((4,), -100))
+    first = next(training.steps(2, 1, seed=0)).indices[0]
+    data = [learnt, masked] if first == 0 else [masked, learnt]
+    feed = training.Feed(fabric, data, TrainArgs(global_batch_size=1, packing=packing), seed=0, last=9)
+    with pytest.raises(UserError, match="No sample of step 2 has a token to learn"):
+        list(feed)
+    assert len(list(training.Feed(fabric, data, TrainArgs(global_batch_size=2, packing=packing), seed=0, last=9))) == 9
+
+
+def test_two_ranks_refuse_a_step_without_any_target_together():
+    with pytest.raises(RuntimeError) as caught:
+        workers.run_ranks("train", 2, batch=2, masked=True)
+    assert str(caught.value).count("No sample of step 1 has a token to learn") == 2
+
+
 def test_an_error_in_the_data_reaches_the_loop(fabric):
     class Broken(list):
         def __getitem__(self, i):
@@ -332,7 +371,7 @@ def test_killed_runs_of_two_ranks_resume_bit_for_bit(tmp_path, strategy):
 
 def test_a_run_can_resume_on_another_number_of_ranks(tmp_path):
     one, two, three = str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "three")
-    reference = workers.train()
+    reference = workers.train(packing=False)
     workers.train(n_steps=4, save_every=4, out_dir=one)
     cases = [dict(strategy="fsdp", out_dir=one, resume="latest"), dict(strategy="fsdp", n_steps=4, save_every=4, out_dir=two)]
     cases += [dict(strategy="ddp", n_steps=4, save_every=4, out_dir=three), dict(strategy="fsdp", out_dir=three, resume="latest")]
@@ -420,7 +459,7 @@ def test_the_same_machine_is_not_warned_about(saved):
 
 def test_a_resumed_optimizer_has_this_runs_settings_and_the_saved_state(saved):
     fabric, model, _ = workers.set_up("lora")
-    optimizer = fabric.setup_optimizers(make_optimizer(OptimizerArgs(lr=3.0, weight_decay=0.5), model.parameters()))
+    optimizer = fabric.setup_optimizers(make_optimizer(OptimizerArgs(lr=3.0, weight_decay=0.5), model))
     run_state.load_run_state(fabric, saved, model, optimizer)
     assert optimizer.param_groups[0]["weight_decay"] == 0.5 and optimizer.param_groups[0]["lr"] == 3.0
     assert all(state["step"].item() == 2 for state in optimizer.state.values()) and len(optimizer.state) > 0
@@ -451,7 +490,7 @@ def test_an_error_of_a_side_file_is_the_users_own_and_leaves_nothing(tmp_path, f
         raise UserError("no such tokenizer")
 
     model = fabric.setup_module(workers.build())
-    optimizer = make_optimizer(OptimizerArgs(), model.parameters())
+    optimizer = make_optimizer(OptimizerArgs(), model)
     with pytest.raises(UserError, match="^no such tokenizer$"):
         run_state.save_run_state(fabric, tmp_path / "step-000001", model, optimizer, {}, side_files)
     assert not list(tmp_path.iterdir())

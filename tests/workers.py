@@ -128,7 +128,7 @@ def set_up(method="full", kind="llama", precision="32-true", strategy="auto", dr
     model = build(method, kind, dropout)
     cast_parameters(model, precision)
     model = fabric.setup_module(model)
-    made = make_optimizer(OptimizerArgs(optimizer, lr=1e-2, weight_decay=0.1), model.parameters())
+    made = make_optimizer(OptimizerArgs(optimizer, lr=1e-2, weight_decay=0.1), model)
     return fabric, model, fabric.setup_optimizers(made)
 
 
@@ -147,12 +147,16 @@ def weights_of(model: nn.Module) -> dict[str, list]:
 
 def train(
     n_steps=8, micro=2, batch=7, n_samples=30, save_every=None, out_dir=None, resume=None, noise=False, kill=None, nan=None, sigterm=None,
-    log=None, **setup,
+    log=None, packing=True, masked=False, **setup,
 ):  # fmt: skip
     """A training script in short; returns losses, norms, weights, and where it began and ended."""
     fabric, model, optimizer = set_up(**setup)
     training.seed_generators(fabric, 1)
-    args, data = TrainArgs(global_batch_size=batch, micro_batch_size=micro), samples(n_samples)
+    args, data = TrainArgs(global_batch_size=batch, micro_batch_size=micro, packing=packing), samples(n_samples)
+    if masked:
+        data = [sample | {"labels": torch.full_like(sample["labels"], -100)} for sample in data]
+    if batch == 1:  # whose steps have no other sample to learn from
+        data = [sample for sample in data if (sample["labels"][1:] != -100).any()]
     first, total_tokens = 1, 0
     if resume == "latest":
         resume = run_state.latest_step(Path(out_dir))
@@ -242,11 +246,20 @@ def dtypes(**setup):
     return {what: sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}) for what, tensors in found.items()}
 
 
-def validate(micro=2, max_iters=None, **setup):
+class Sized(list):
+    """Samples that say how long they are, as ours do."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sample["input_ids"]) for sample in self]
+
+
+def validate(micro=2, max_iters=None, packing=True, sized=True, **setup):
     """The validation loss."""
     fabric, model, _ = set_up(**setup)
-    args, limits = TrainArgs(micro_batch_size=micro), max_iters and EvalArgs(max_iters=max_iters)
-    return training.validate(fabric, model, training.validation_microbatches(fabric, samples(9, seed=3), args, limits))
+    args, limits = TrainArgs(micro_batch_size=micro, packing=packing), max_iters and EvalArgs(max_iters=max_iters)
+    data = samples(9, seed=3)
+    return training.validate(fabric, model, training.validation_microbatches(fabric, Sized(data) if sized else data, args, limits))
 
 
 def failing_write(rank=1, **args):

@@ -13,11 +13,17 @@ BUCKET = 256  # compiled attention reads a multiple of so many tokens, so that t
 FEWER = "Lower `max_new_tokens` or `batch_size`, or a fixed size of the memory if you set one."
 
 
-def compile_blocks(model: GPT, backend: str | Callable = "inductor") -> None:
-    """Compile each block in place, so that no parameter's name changes, for decoding with a cache of `new_cache`."""
+def compile_blocks(model: GPT, backend: str | Callable = "inductor", dynamic: bool | None = False) -> None:
+    """Compile each block in place, so that no parameter's name changes.
+
+    Args:
+        model: The model.
+        backend: Of torch.compile.
+        dynamic: Whether one compiled block serves all lengths. False suits decoding with a cache of `new_cache`.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # all blocks share one code object
     for block in model.transformer.h:
-        block.compile(backend=backend, dynamic=False)
+        block.compile(backend=backend, dynamic=dynamic)
 
 
 def new_cache(model: GPT, rows: int, length: int, rewind: int = 0, chunk: int = CHUNK) -> Cache:

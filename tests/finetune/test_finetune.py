@@ -212,7 +212,7 @@ def test_showing_examples_leaves_the_training_as_it_is(run, capsys: pytest.Captu
     quiet = run(out_dir="quiet")  # with dropout
     capsys.readouterr()
     shown = run(out_dir="shown", eval=dict(interval=2, max_new_tokens=4, evaluate_example="random", initial_validation=True))
-    assert capsys.readouterr().out.count(">>>") == 5
+    assert capsys.readouterr().out.count(">>>") == 6  # before training, and after steps 2, 4, 6, 8 and 10
     assert logged(quiet, "loss") == logged(shown, "loss")
 
 
@@ -263,7 +263,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_nothing_bad_is_saved(run
     monkeypatch.setattr(loop, "forward_backward", at_call(3, loop.forward_backward, spoil))
     with pytest.raises(UserError, match="step 3"):
         run("full", train=dict(save_interval=1, log_interval=100))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name != "logs") == ["step-000001", "step-000002"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name != "logs") == ["last", "step-000001", "step-000002"]
 
 
 # Resuming
@@ -293,7 +293,8 @@ def test_a_signal_saves_the_step_and_the_run_can_go_on(run, tmp_path: Path, monk
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert [path.name for path in sorted((tmp_path / "out").iterdir()) if path.name != "logs"] in (["step-000003"], ["step-000004"])
+    (saved,) = (tmp_path / "out").glob("step-*")
+    assert saved.name in ("step-000003", "step-000004") and (tmp_path / "out" / "last").resolve() == saved.resolve()
     run(resume="auto")
     assert weights(tmp_path / "out" / "final").keys() == weights(reference / "final").keys()
     for name, weight in weights(reference / "final").items():
@@ -310,7 +311,8 @@ def test_a_folder_that_holds_a_run_is_left_alone_unless_told_otherwise(run, tmp_
         run(train=short | dict(global_batch_size=2), resume=True)
     (out_dir / "final" / "mine").touch()
     run(train=dict(max_steps=1), overwrite=True)
-    assert sorted(path.name for path in out_dir.iterdir()) == ["final", "final_notes", "logs"] and not (out_dir / "final" / "mine").exists()
+    assert sorted(path.name for path in out_dir.iterdir()) == ["final", "final_notes", "logs", "report.html"]
+    assert not (out_dir / "final" / "mine").exists()
     with pytest.raises(MissingFile, match="no step"):
         run(train=short, resume=True)
     run(out_dir="other", train=short, resume="auto")
@@ -342,7 +344,8 @@ def test_defaults_suit_the_method():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(quantize="bnb.nf4"), "not supported yet"),
+        (dict(quantize="bnb.nf3"), "`quantize` is one of bnb.nf4"),
+        (dict(profile=0), "`profile`"),
         (dict(lora_query=False, lora_value=False), "Turn one on"),
         (dict(lora_r=10**14), "`lora_r` is 100000000000000, but the update of no layer it is for can have a rank above 32"),
         (dict(lora_alpha=0), "`lora_alpha` scales the update and is a number above 0, but got 0"),
@@ -421,7 +424,7 @@ def test_overwriting_never_deletes_what_the_run_reads(run, base: Path, samples: 
             run(overwrite=True, **options)
     assert sorted(path for path in out_dir.rglob("*")) == before
     run(train=dict(max_steps=1, save_interval=None), overwrite=True)
-    assert sorted(path.name for path in out_dir.iterdir()) == ["final", "logs"]
+    assert sorted(path.name for path in out_dir.iterdir()) == ["final", "logs", "report.html"]
 
 
 @pytest.mark.parametrize("name", ["step-000009", "final", "best", "step-000009.tmp"])

@@ -20,13 +20,14 @@ from litgpt import pretrain
 from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import JSON, TextFiles
-from litgpt.finetune import lora
+from litgpt.finetune import full, lora
+from litgpt.metrics import Journal
 from litgpt.run_state import latest_step
 
 N_POINTS = int(os.environ.get("STRESS_POINTS", 30))  # kills of each kind of run
 SEED = int(os.environ.get("STRESS_SEED", 0))
 N_STEPS = 24
-SAVED = dict(save_interval=2, max_steps=N_STEPS, global_batch_size=4, micro_batch_size=2)
+SAVED = dict(save_interval=2, keep_last=2, max_steps=N_STEPS, global_batch_size=4, micro_batch_size=2)
 
 
 def finetuning(folder: Path) -> tuple[Any, list, dict]:
@@ -35,6 +36,13 @@ def finetuning(folder: Path) -> tuple[Any, list, dict]:
     file.write_text(json.dumps([{"instruction": f"Say {i}", "output": "yes " * (1 + i % 5)} for i in range(20)]))
     eval = EvalArgs(interval=5, max_new_tokens=None)
     return lora, [base], dict(data=JSON(json_path=file, val_split_fraction=0.1), train=TrainArgs(**SAVED), eval=eval)
+
+
+def in_few_bits(folder: Path) -> tuple[Any, list, dict]:
+    """The same of a run that trains everything, remembers in 8 bits and saves the best too."""
+    _, args, options = finetuning(folder)
+    eval = EvalArgs(interval=5, max_new_tokens=None, save_best=True)
+    return full, args, options | dict(eval=eval, optimizer=OptimizerArgs(lr=1e-3, state="8bit"))
 
 
 def pretraining(folder: Path) -> tuple[Any, list, dict]:
@@ -70,6 +78,13 @@ def logged(files: set[Path]) -> dict[tuple[str, str], str]:
     return found
 
 
+def journal(out_dir: Path) -> list[tuple]:
+    """What the run's own log says of steps and validations, which is kept over all its lives, but for times."""
+    rows = Journal(out_dir / "logs" / "metrics.jsonl").rows()
+    columns = ("step", "loss", "grad_norm", "learning_rate", "total_tokens", "val_loss")
+    return [found for row in rows if any((found := tuple(map(row.get, columns)))[1:])]
+
+
 def place_of(out_dir: Path) -> str:
     """Where in its life the run was killed, as its folder shows."""
     names = [path.name for path in out_dir.iterdir()]
@@ -83,12 +98,14 @@ def place_of(out_dir: Path) -> str:
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("kind", [finetuning, pretraining], ids=["finetune_lora", "pretrain"])
+@pytest.mark.parametrize("kind", [finetuning, in_few_bits, pretraining], ids=["finetune_lora", "finetune_full", "pretrain"])
 def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(kind: Callable, tmp_path: Path):
     module, args, options = kind(tmp_path)
-    options |= dict(precision="32-true", optimizer=OptimizerArgs(lr=1e-2), resume="auto")
+    options = dict(optimizer=OptimizerArgs(lr=1e-2)) | options | dict(precision="32-true", resume="auto")
     module.setup(*args, out_dir=tmp_path / "reference", **options)
     expected, log = results(tmp_path / "reference"), logged(log_files(tmp_path / "reference"))
+    story = journal(tmp_path / "reference")
+    assert [row[0] for row in story if row[1] is not None] == list(range(1, N_STEPS + 1))
     durations = []
     for name in ("first", "second", "third"):  # the first warms up
         code, seconds = run_and_kill_after(60, module.__name__, tmp_path / name, *args, **options)
@@ -108,6 +125,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(kind: Callable, 
         module.setup(*args, out_dir=killed, **options)
         assert results(killed) == expected, places
         assert logged(log_files(killed) - before).items() <= log.items() and not list(killed.glob("*.tmp")), places
+        assert journal(killed) == story, "each step is told once, whatever was killed"
         shutil.rmtree(killed)
     lasting = f"{n_runs} runs of {min(durations):.2f} s"
     print(f"\n{module.__name__}: {places.total()} kills in {lasting}, all ended bit for bit alike. {dict(places)}")

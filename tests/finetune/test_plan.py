@@ -1,0 +1,237 @@
+"""What a dry run says of a run: equal to what the run then does, as far as it can be counted, and near to it where it is measured."""
+
+import importlib.util
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from tiny import tiny_config
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from litgpt.args import OptimizerArgs, TrainArgs
+from litgpt.data.packing import PackedSamples
+from litgpt.errors import UserError
+from litgpt.finetune.adapter import ADAPTER
+from litgpt.finetune.full import FULL
+from litgpt.finetune.lora import with_lora
+from litgpt.finetune.plan import make_plan, measure, optimizer_bytes, recomputed_blocks, text
+from litgpt.hardware import GB
+from litgpt.launch import PRECISIONS, cast_parameters
+from litgpt.lora import LoRA
+from litgpt.model import GPT
+from litgpt.optim import make_optimizer
+from litgpt.quantize import quantize_model
+from litgpt.scripts import memory_plan
+from litgpt.scripts.batches import batches_of
+from litgpt.scripts.memory_plan import LiveBytes, blocks_to_recompute, measured_pass, without_numbers
+from litgpt.training import Feed, Limits
+
+CONFIG = tiny_config("llama", n_layer=5)
+LORA = with_lora(LoRA(r=2, dropout=0.0))
+TRAIN = TrainArgs(global_batch_size=8, micro_batch_size=2, epochs=1)
+
+
+class Samples(list):
+    """Samples of lengths that are drawn."""
+
+    def __init__(self, n: int = 37) -> None:
+        lengths = torch.randint(2, 60, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+        super().__init__({"input_ids": torch.ones(n, dtype=torch.long), "labels": torch.ones(n, dtype=torch.long)} for n in lengths)
+        self.lengths = lengths
+
+
+def plan_of(method=FULL, train=TRAIN, precision="32-true", optimizer=None, **more):
+    samples = Samples()
+    return make_plan(method, CONFIG, samples, train, optimizer or OptimizerArgs(), precision, Limits.of(train, len(samples), 30), **more)
+
+
+# Steps
+
+
+@pytest.mark.parametrize("packing", [False, True, "global"])
+@pytest.mark.parametrize("micro_batch_size, max_seq_length", [(1, None), (3, None), (2, 64)])
+def test_batches_are_those_of_the_training_script(packing, micro_batch_size, max_seq_length):
+    train = replace(TRAIN, packing=packing, micro_batch_size=micro_batch_size, max_seq_length=max_seq_length)
+    samples = PackedSamples(Samples(), 64) if packing == "global" else Samples()
+    n_steps = -(-len(samples) // train.global_batch_size)
+    fed = [microbatches for _, microbatches, _ in Feed(Fabric(accelerator="cpu", devices=1), samples, train, seed=7, last=n_steps)]
+    found = batches_of(samples, train, seed=7)
+    everything = [batch for microbatches in fed for batch in microbatches]
+    assert found.largest == max(batch.ids.numel() for batch in everything)
+    assert found.rows == 1 if packing else found.rows <= micro_batch_size
+    assert (found.lengths is None) == (not packing) and sum(found.lengths or [found.length]) == found.length
+    assert found.most == max(map(len, fed)) and found.n_microbatches == pytest.approx(len(everything) / n_steps)
+    assert found.n_tokens == pytest.approx(sum(batch.n_tokens for batch in everything) / n_steps)
+    assert found.padding == pytest.approx(1 - sum(b.n_tokens for b in everything) / sum(b.ids.numel() for b in everything))
+
+
+def test_devices_share_the_samples_of_a_step():
+    alone, shared = (batches_of(Samples(), TRAIN, 0, n) for n in (1, 4))
+    assert shared.n_tokens == alone.n_tokens and shared.n_microbatches < alone.n_microbatches
+
+
+# Memory
+
+
+def whole_pass(method, n_recomputed: int, accumulates: bool) -> int:
+    """The most bytes of a pass in which every block is computed, and some again."""
+    with without_numbers():
+        model = GPT(CONFIG).train()
+        method.prepare(model, 0)
+        model.n_recomputed = n_recomputed
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter) if accumulates else None
+        idx = torch.zeros(3, 64, dtype=torch.long)
+        with LiveBytes() as live:
+            model(idx, targets=idx).nll.backward()
+        return live.most + (sum(parameter.nbytes for parameter in trained) if accumulates else 0)
+
+
+@pytest.mark.parametrize("accumulates", [True, False])
+@pytest.mark.parametrize("method", [FULL, LORA, ADAPTER], ids=lambda method: method.name)
+def test_blocks_that_are_computed_again_count_as_in_a_pass_that_does_so(method, accumulates, monkeypatch):
+    again = partial(checkpoint, context_fn=lambda: (nullcontext(), memory_plan._AsComputed()))  # autograd calls it without the mode
+    monkeypatch.setattr("litgpt.model.checkpoint", again)
+    with without_numbers():
+        model = GPT(CONFIG).train()
+        method.prepare(model, 0)
+        found = measured_pass(model, 3, 64)
+    for n in (0, 2, CONFIG.n_layer):
+        assert found.peak(n, accumulates).total == pytest.approx(whole_pass(method, n, accumulates), rel=0.06)
+
+
+def test_as_few_blocks_are_computed_again_as_a_budget_needs():
+    with without_numbers():
+        found = measured_pass(GPT(CONFIG).train(), 3, 64)
+    sizes = [found.peak(n).total - found.peak(n).gradients for n in range(CONFIG.n_layer + 1)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[1]
+    assert [blocks_to_recompute(found, size) for size in sizes] == [sizes.index(size) for size in sizes]
+    assert blocks_to_recompute(found, sizes[1] + 1) == 1 and blocks_to_recompute(found, 1e12) == 0
+    with pytest.raises(UserError, match=r"leaves a microbatch 1e-06 GB, but it takes 0\.\d+ GB even if all blocks"):
+        blocks_to_recompute(found, 1000)
+
+
+def test_the_smallest_budget_that_the_error_names_is_enough():
+    train = replace(TRAIN, activation_checkpointing=1e-6)
+    with pytest.raises(UserError) as error:
+        recomputed_blocks(FULL, CONFIG, Samples(), train, "32-true", 0)
+    named = float(str(error.value).split("it takes ")[1].split(" GB")[0])
+    assert recomputed_blocks(FULL, CONFIG, Samples(), replace(train, activation_checkpointing=named), "32-true", 0) > 0
+    words = {"none": 0, "full": CONFIG.n_layer, 1.0: 0}
+    for wanted, n in words.items():
+        assert recomputed_blocks(FULL, CONFIG, Samples(), replace(train, activation_checkpointing=wanted), "32-true", 0) == n
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4", "bnb.nf4-dq", "bnb.int8-training"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_weights_take_what_those_of_the_real_model_do(model_type, quantize, precision):
+    config, method = tiny_config(model_type), replace(LORA, quantize=quantize)
+    found = measure(method, config, precision, batches_of(Samples(), TRAIN, 0))
+    model = GPT(config)
+    assert found.stored == 2 * sum(parameter.numel() for parameter in model.parameters())
+    n_own = found.stored // 2
+    if quantize is not None:
+        quantize_model(model, quantize, PRECISIONS[precision].frozen)
+    method.prepare(model, 0)
+    cast_parameters(model, precision)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert found.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert found.n_trained == trained and found.n_parameters == n_own + trained
+
+
+@pytest.mark.parametrize("args", [OptimizerArgs(state=state) for state in ("full", "bf16", "8bit")] + [OptimizerArgs(name="SGD")], ids=str)
+def test_an_optimizer_remembers_what_is_planned(args):
+    model = nn.Sequential(nn.Linear(512, 64), nn.Linear(256, 32, bias=False)).to(torch.bfloat16 if args.state == "full" else torch.float32)
+    planned = optimizer_bytes(args, [(parameter.numel(), parameter.dtype, parameter.ndim) for parameter in model.parameters()])
+    optimizer: Optimizer = make_optimizer(args, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = [kept for state in optimizer.state.values() for kept in state.values() if isinstance(kept, torch.Tensor) and kept.ndim]
+    assert planned == pytest.approx(sum(tensor.nbytes for tensor in kept), rel=0.001)
+
+
+def test_a_model_that_is_sharded_takes_less_of_each_device():
+    alone, shared = plan_of(n_devices=4), plan_of(n_devices=4, n_local=4, is_sharded=True)
+    assert shared.memory.optimizer == alone.memory.optimizer // 4
+    assert alone.memory.weights // 4 < shared.memory.weights < alone.memory.weights
+    assert shared.available == alone.available // 4
+
+
+# Savings
+
+
+def test_flags_save_what_is_said_and_the_best_one_is_first(monkeypatch):
+    monkeypatch.setattr("litgpt.finetune.plan.program_bytes", lambda: 0)
+    found = plan_of(train=replace(TRAIN, packing=False))
+    saved = dict(found.savings)
+    assert list(saved.values()) == sorted(saved.values(), reverse=True) and min(saved.values()) > 0
+    changed = {
+        "--train.activation_checkpointing full": plan_of(train=replace(TRAIN, packing=False, activation_checkpointing="full")),
+        "--optimizer.state 8bit": plan_of(train=replace(TRAIN, packing=False), optimizer=OptimizerArgs(state="8bit")),
+        "litgpt finetune_lora": plan_of(LORA, replace(TRAIN, packing=False)),
+        "--train.micro_batch_size 1": plan_of(train=replace(TRAIN, packing=False, micro_batch_size=1)),
+    }
+    assert changed.keys() <= saved.keys()
+    for flag, other in changed.items():
+        assert saved[flag] == pytest.approx(found.memory.total - other.memory.total, rel=0.35), flag
+
+
+def test_what_is_used_already_is_not_recommended(monkeypatch):
+    monkeypatch.setattr("litgpt.finetune.plan.program_bytes", lambda: 0)
+    assert "--quantize bnb.nf4" in dict(plan_of(LORA).savings)
+    train = replace(TRAIN, micro_batch_size=1, activation_checkpointing="full")
+    flags = dict(plan_of(replace(LORA, quantize="bnb.nf4"), train, "bf16-true").savings)
+    assert (
+        not {"--quantize bnb.nf4", "--train.activation_checkpointing full", "--precision bf16-true", "litgpt finetune_lora"} & flags.keys()
+    )
+
+
+# What is shown
+
+
+def test_the_plan_names_everything_and_says_whether_it_fits():
+    found = plan_of(LORA)
+    said = text(found)
+    for word in ("LoRA", "parameters", "steps", "weights", "gradients", "optimizer", "activations", "logits", "program", "which fits"):
+        assert word in said
+    assert f"{found.n_trained:,} are trained" in said and f"{37} samples" not in said and "samples      37, " in said
+    assert "5, the learning rate rises in the first 0" in said
+    assert "does not fit" in text(replace(found, available=1000))
+    assert "2 blocks computed again" in text(replace(found, n_recomputed=2))
+    assert "as time allows" in text(replace(found, limits=Limits(None, None, None, 60.0)))
+
+
+def test_a_model_larger_than_any_memory_is_planned():
+    config = tiny_config("llama", n_embd=2**15, n_head=256, n_query_groups=8, intermediate_size=2**17, padded_vocab_size=2**18)
+    found = measure(FULL, config, "32-true", batches_of(Samples(), TRAIN, 0))
+    assert found.weights > 100 * GB and found.passes.peak().gradients == found.weights
+
+
+# What is measured
+
+
+def benchmark():
+    spec = importlib.util.spec_from_file_location("memory_plan_benchmark", Path(__file__).parents[2] / "benchmarks" / "memory_plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says of a process")
+@pytest.mark.parametrize("method, options", [("full", {}), ("lora", {"train.packing": "false", "lora_targets": "all-linear"})])
+def test_a_run_takes_what_is_planned_for_it(method, options, tmp_path):
+    bench = benchmark()
+    bench.MODELS["small"] = dict(n_layer=6, n_embd=512, n_head=8, n_query_groups=4, intermediate_size=1024, padded_vocab_size=4096)
+    case = bench.Case(method, "small", "32-true", options | {"train.max_steps": "2", "train.global_batch_size": "8"})
+    found = bench.measure(case, tmp_path)
+    assert found["planned"] == pytest.approx(found["taken"], rel=0.15)
+    assert found["planned"][0] > 0.75 * GB  # what Python and torch take is not most of it

@@ -1,0 +1,404 @@
+"""Runs that are killed, stopped and resumed; which steps they keep, and what they say of a loss that is no number."""
+
+import importlib
+import json
+import math
+import os
+import pkgutil
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import speaking
+import torch
+from finetune.run_and_kill import at_call, run_and_kill, run_on_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+import litgpt.finetune
+import litgpt.run
+from litgpt import names
+from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs
+from litgpt.checkpoint import load_model
+from litgpt.data import JSON
+from litgpt.errors import UserError
+from litgpt.finetune import full, loop, lora
+from litgpt.metrics import Journal
+from litgpt.run import VOTE_EVERY
+from litgpt.run_folder import delete_old_steps, is_link
+from litgpt.run_state import latest_step
+from litgpt.training import StopRequest, steps
+
+TRAIN = dict(global_batch_size=4, micro_batch_size=2, max_steps=5, save_interval=None)
+EVAL = dict(interval=1000, max_new_tokens=None, final_validation=False)
+N_TRAINED = 18  # of 20 samples
+COLUMNS = ("step", "epoch", "loss", "grad_norm", "learning_rate", "total_tokens", "val_loss")  # what is the same in every run
+METHODS = [
+    module
+    for found in pkgutil.iter_modules(litgpt.finetune.__path__)
+    if hasattr(module := importlib.import_module(f"litgpt.finetune.{found.name}"), "setup")
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:  # three layers, for Adapter begins with the third
+        patch.setattr(speaking, "LlamaConfig", lambda **settings: LlamaConfig(**settings | dict(num_hidden_layers=3)))
+        return speaking.make_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "samples.json"
+    file.write_text(json.dumps([{"instruction": f"Say {i}", "output": "yes " * (1 + i % 5)} for i in range(20)]))
+    return file
+
+
+@pytest.fixture
+def run(base: Path, samples: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Finetunes the tiny model, with LoRA if no other method is named; returns the run's folder."""
+
+    def run(out_dir: str = "out", train: dict = {}, eval: dict = {}, method: Any = lora, **options: Any) -> Path:  # noqa: B006
+        method.setup(base, **arguments(samples, tmp_path / out_dir, train, eval) | options)
+        return tmp_path / out_dir
+
+    return run
+
+
+def arguments(samples: Path, out_dir: Path, train: dict, eval: dict) -> dict[str, Any]:
+    return dict(
+        out_dir=out_dir,
+        precision="32-true",
+        data=JSON(json_path=samples, val_split_fraction=0.1),
+        train=TrainArgs(**TRAIN | train),
+        eval=EvalArgs(**EVAL | eval),
+        optimizer=OptimizerArgs(lr=1e-2),
+    )
+
+
+@pytest.fixture
+def val_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets the validations to come find these losses."""
+
+    def found(*losses: float) -> None:
+        given = iter(losses)
+        monkeypatch.setattr(litgpt.run, "validate", lambda *args: next(given))
+
+    return found
+
+
+def saved_steps(out_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in out_dir.glob("step-*") if (path / names.RUN_STATE / names.STATE).is_file())
+
+
+def link(out_dir: Path, name: str) -> int:
+    """The step that a link names."""
+    target = os.readlink(out_dir / name)
+    assert "/" not in target, "the run's folder may be moved"
+    return int(target.removeprefix("step-"))
+
+
+def logged(out_dir: Path) -> list[dict[str, Any]]:
+    """What the run's journal says of steps and validations."""
+    rows = Journal(out_dir / "logs" / "metrics.jsonl").rows()
+    return [{column: row[column] for column in COLUMNS if column in row} for row in rows if {"loss", "val_loss"} & row.keys()]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_result(one: Path, other: Path) -> None:
+    ours, theirs = weights(one / "final"), weights(other / "final")
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert logged(one) == logged(other)
+
+
+# Links, and which steps are kept
+
+
+def test_as_many_steps_are_kept_as_asked_for_and_the_last_has_a_link(run):
+    out_dir = run(train=dict(save_interval=1, keep_last=2))
+    assert saved_steps(out_dir) == [4, 5] and link(out_dir, "last") == 5 and not (out_dir / "best").is_symlink()
+    assert {path.name for path in out_dir.iterdir()} >= {"final", "last", "logs"} and not list(out_dir.glob("*.tmp"))
+
+
+def test_the_step_with_the_lowest_validation_loss_has_a_link_and_is_never_deleted(run, val_losses):
+    val_losses(3.0, 1.0, 2.0, 1.0, math.nan)
+    out_dir = run(train=dict(save_interval=1, keep_last=1), eval=dict(interval=1))
+    assert saved_steps(out_dir) == [2, 5] and link(out_dir, "best") == 2 and link(out_dir, "last") == 5
+
+
+def test_only_a_step_whose_own_validation_was_the_lowest_is_called_the_best(run, val_losses):
+    val_losses(1.0)
+    out_dir = run(train=dict(save_interval=3, max_steps=6), eval=dict(interval=4))
+    assert saved_steps(out_dir) == [3, 6] and not (out_dir / "best").exists()
+
+
+def test_a_step_is_saved_whenever_it_is_the_best_so_far(run, val_losses):
+    val_losses(3.0, 1.0, 2.0, 0.5, 0.7)
+    out_dir = run(eval=dict(interval=1, save_best=True))
+    assert saved_steps(out_dir) == [1, 2, 4] and link(out_dir, "best") == 4 == link(out_dir, "last")
+
+
+def test_every_reader_takes_a_link_for_the_step_it_names(run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out_dir, ids = run(train=dict(save_interval=2, max_steps=4)), torch.arange(3, 23)[None]
+    with torch.inference_mode():
+        assert torch.equal(load_model(out_dir / "last")(ids), load_model(out_dir / "step-000004")(ids))
+    capsys.readouterr()
+    run(train=dict(save_interval=2), resume=out_dir / "last")
+    assert f"Going on after step 4, from {out_dir / 'step-000004'}" in capsys.readouterr().out
+    assert saved_steps(out_dir) == [2, 4] and [row["step"] for row in logged(out_dir)] == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="`overwrite` would delete .*step-000004, but this run reads"):
+        lora.setup(out_dir / "last", out_dir=out_dir, overwrite=True, data=JSON(base), train=TrainArgs(**TRAIN))
+
+
+def test_starting_over_removes_links_and_takes_no_link_for_a_run(run, tmp_path: Path):
+    out_dir = run(train=dict(save_interval=1))
+    run(train=dict(max_steps=1), overwrite=True)
+    assert not list(out_dir.glob("step-*")) and not (out_dir / "last").is_symlink() and [row["step"] for row in logged(out_dir)] == [1]
+    shutil.rmtree(out_dir / "final")
+    (out_dir / "last").symlink_to("step-000009")  # whose step the user deleted
+    assert (run(train=dict(max_steps=1)) / "final").is_dir() and not (out_dir / "last").is_symlink()
+
+
+def test_what_is_not_a_step_of_this_run_is_never_deleted(run, tmp_path: Path):
+    out_dir = run(train=dict(save_interval=1, max_steps=3))
+    other = shutil.copytree(out_dir / "step-000002", out_dir / "step-000000") / names.RUN_STATE / names.STATE
+    other.write_text(other.read_text().replace('"seed": 1337', '"seed": 7'))
+    shutil.rmtree(out_dir / "step-000001")
+    (out_dir / "step-000001").mkdir()
+    (out_dir / "step-000001" / "precious").touch()
+    (out_dir / "step-000002" / names.RUN_STATE / names.STATE).write_text("damaged")
+    run(train=dict(save_interval=1, keep_last=1), resume=True)
+    assert sorted(path.name for path in out_dir.glob("step-*")) == ["step-000000", "step-000001", "step-000002", "step-000005"]
+
+
+def test_a_step_whose_deletion_was_killed_is_no_step_and_is_deleted_later(run, monkeypatch: pytest.MonkeyPatch):
+    out_dir = run(train=dict(save_interval=1, max_steps=3))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", at_call(1, shutil.rmtree, lambda: exec("raise KeyboardInterrupt")))
+        delete_old_steps(out_dir, 1, None, lambda counters: True)
+    assert (out_dir / "step-000001").is_dir() and saved_steps(out_dir) == [2, 3]
+    delete_old_steps(out_dir, 1, out_dir / "step-000002", lambda counters: True)
+    assert sorted(path.name for path in out_dir.glob("step-*")) == ["step-000002", "step-000003"]
+    delete_old_steps(out_dir, 5, None, lambda counters: True)
+    assert saved_steps(out_dir) == [2, 3]
+
+
+def test_links_that_a_killed_run_did_not_set_are_set_when_it_goes_on(run, val_losses):
+    val_losses(1.0, 2.0, 3.0)
+    out_dir = run(train=dict(save_interval=1, max_steps=3), eval=dict(interval=1))
+    (out_dir / "best").unlink()
+    (out_dir / "last").unlink()
+    (out_dir / "last.tmp").symlink_to("step-000002")
+    run(train=dict(max_steps=3), resume=True)
+    assert link(out_dir, "last") == 3 and link(out_dir, "best") == 1 and not (out_dir / "last.tmp").is_symlink()
+
+
+def test_a_disk_without_links_is_told_once_and_does_no_harm(run, val_losses, monkeypatch, capsys: pytest.CaptureFixture):
+    def no_links(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    val_losses(1.0, 2.0, 3.0, 4.0, 5.0)
+    out_dir = run(train=dict(save_interval=1, keep_last=2), eval=dict(interval=1))
+    assert saved_steps(out_dir) == [1, 4, 5] and capsys.readouterr().out.count("No link") == 1
+
+
+# When the loss no longer falls
+
+
+def test_a_run_ends_when_the_loss_has_not_fallen_for_as_long_as_allowed(run, val_losses, capsys: pytest.CaptureFixture):
+    val_losses(3.0, 1.0, 1.0, 2.0, 0.0)
+    out_dir = run(eval=dict(interval=1, patience=2))
+    assert [row["step"] for row in logged(out_dir) if "loss" in row] == [1, 2, 3, 4] and (out_dir / "final").is_dir()
+    assert "Stopping after step 4: the validation loss did not fall in the last 2 validations" in capsys.readouterr().out
+
+
+def test_a_run_that_had_ended_by_itself_learns_nothing_more_when_it_is_resumed(run, val_losses):
+    for i, limits in enumerate((dict(eval=dict(interval=1, patience=2)), dict(train=dict(max_tokens=1)))):
+        val_losses(1.0, 2.0, 3.0, 4.0)
+        limits["train"] = limits.get("train", {}) | dict(save_interval=1)
+        out_dir = run(f"out{i}", **limits)
+        ended, before = saved_steps(out_dir)[-1], weights(out_dir / "final")
+        shutil.rmtree(out_dir / "final")
+        run(f"out{i}", **limits, resume=True)
+        assert saved_steps(out_dir)[-1] == ended < 5
+        assert all(torch.equal(weight, before[name]) for name, weight in weights(out_dir / "final").items())
+
+
+def test_what_was_best_is_remembered_when_a_run_goes_on(run, val_losses, monkeypatch: pytest.MonkeyPatch):
+    val_losses(1.0, 2.0, 2.0)
+    settings = dict(train=dict(save_interval=1), eval=dict(interval=1, patience=3))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(loop, "forward_backward", at_call(2, loop.forward_backward, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        run(**settings)
+    val_losses(2.0, 2.0, 2.0)
+    out_dir = run(**settings, resume=True)
+    assert link(out_dir, "best") == 1 and saved_steps(out_dir)[-1] == 4
+
+
+# What is not finite
+
+
+def named_samples(step: int) -> str:
+    drawn = next(islice(steps(N_TRAINED, TRAIN["global_batch_size"], seed=1337), step - 1, None))
+    return ", ".join(map(str, sorted(drawn.indices)))
+
+
+def test_a_gradient_that_is_not_finite_is_named_with_its_step_layer_and_samples(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spoiled: list[torch.nn.Module] = []
+    spoil = lambda: spoiled[0].mlp.proj.weight.grad[3].fill_(math.inf)  # noqa: E731
+    monkeypatch.setattr(loop, "cast_parameters", lambda model, precision: spoiled.append(model.transformer.h[1]))
+    monkeypatch.setattr(loop, "forward_backward", at_call(3, loop.forward_backward, spoil))
+    where = f"on the samples {named_samples(3)} "
+    with pytest.raises(UserError, match=rf"gradients of step 3 were not finite, first that of 'transformer.h.1.mlp.proj.weight', {where}"):
+        run(method=full, train=dict(save_interval=1, log_interval=100))
+    assert saved_steps(tmp_path / "out") == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls, forward_backward = iter(range(1, 100)), loop.forward_backward
+    spoiled = lambda *args: forward_backward(*args) * (math.nan if next(calls) == 2 else 1)  # noqa: E731
+    monkeypatch.setattr(loop, "forward_backward", spoiled)
+    with pytest.raises(UserError, match=rf"The loss of step 2 was not finite, on the samples {named_samples(2)} "):
+        run(train=dict(save_interval=4, log_interval=100))
+    assert saved_steps(tmp_path / "out") == []
+
+
+# Signals
+
+
+class AtItem:
+    """Passes items on and does something before one of them; counts them."""
+
+    def __init__(self, n: int, act: Callable[[], Any]) -> None:
+        self.n, self.act, self.seen = n, act, 0
+
+    def __call__(self, items: Iterator[Any]) -> Iterator[Any]:
+        for item in items:
+            self.seen += 1
+            if self.seen == self.n:
+                self.act()
+            yield item
+
+
+@pytest.mark.parametrize("train", [dict(max_steps=5), dict(max_steps=2)], ids=["within the run", "in the last validation"])
+def test_a_signal_during_a_validation_waits_for_a_few_microbatches_only_and_costs_nothing(run, monkeypatch, tmp_path: Path, train: dict):
+    settings = dict(train=dict(micro_batch_size=1, packing=False) | train, eval=dict(interval=2, final_validation=True))
+    reference = run("reference", **settings)
+    feeding, made = AtItem(1, lambda: os.kill(os.getpid(), signal.SIGTERM)), litgpt.run.validation_microbatches
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(litgpt.run, "validation_microbatches", lambda *args: feeding(m for _ in range(50) for m in made(*args)))
+        run(**settings)
+    assert stopped.value.code == 128 + signal.SIGTERM and feeding.seen <= 1 + VOTE_EVERY
+    assert saved_steps(tmp_path / "out") == [2] and not (tmp_path / "out" / "final").exists()
+    assert_same_result(run(**settings, resume="auto"), reference)
+
+
+def test_a_signal_while_an_example_is_written_waits_for_a_few_tokens_only(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    settings = dict(eval=dict(interval=2, max_new_tokens=20))
+    reference = run("reference", **settings)
+    asked, complete = AtItem(2, lambda: os.kill(os.getpid(), signal.SIGINT)), loop.complete
+
+    def long_answer(*args: Any) -> Iterator[Any]:  # but the one before training
+        answer = list(complete(*args))
+        return asked(iter(answer * 50)) if logged(tmp_path / "out") else iter(answer)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(loop, "complete", long_answer)
+        run(**settings)
+    assert stopped.value.code == 128 + signal.SIGINT and asked.seen <= 2 + VOTE_EVERY and saved_steps(tmp_path / "out") == [2]
+    assert_same_result(run(**settings, resume=True), reference)
+
+
+class Signals(JSON):
+    """Samples to validate on, of which the second rank's ask it to stop."""
+
+    def setup(self, stage: str = "") -> None:
+        super().setup(stage)
+        self.val_dataset = _Signalling(self.val_dataset)
+
+
+class _Signalling:
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        if os.environ.get("LOCAL_RANK") == "1" and isinstance(signal.getsignal(signal.SIGTERM), StopRequest):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.samples[index]
+
+
+def test_a_signal_to_one_rank_during_a_validation_stops_all_at_that_step(base: Path, samples: Path, tmp_path: Path):
+    options = arguments(samples, tmp_path, dict(micro_batch_size=1, packing=False), dict(interval=2))
+    options["data"] = Signals(json_path=samples, val_split_fraction=0.5)
+    assert run_on_ranks("litgpt.finetune.lora", 2, base, **options) == [128 + signal.SIGTERM] * 2
+    assert saved_steps(tmp_path) == [2] and latest_step(tmp_path).samefile(tmp_path / "last")
+
+
+# Kill and go on
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_a_run_that_is_killed_within_a_step_goes_on_bit_for_bit(run, base: Path, samples: Path, tmp_path: Path, method: Any):
+    settings = dict(save_interval=2), dict(interval=2, final_validation=True, save_best=True, patience=9)
+    reference = run("reference", *settings, method=method)
+    killed = arguments(samples, tmp_path / "out", *settings)
+    assert run_and_kill(method.__name__, 4, base, **killed) == -signal.SIGKILL
+    assert saved_steps(tmp_path / "out") == [2]
+    out_dir = run("out", *settings, method=method, resume="auto")
+    assert [row["step"] for row in logged(out_dir) if "loss" in row] == [1, 2, 3, 4, 5], "each step is logged once"
+    assert logged(out_dir) == logged(reference)
+    for path in sorted((reference / "final").rglob("*.safetensors")):
+        ours, theirs = load_file(out_dir / path.relative_to(reference)), load_file(path)
+        assert ours.keys() == theirs.keys() and not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert [link(out_dir, name) for name in ("last", "best")] == [link(reference, name) for name in ("last", "best")]
+
+
+def test_a_run_changes_its_number_of_ranks_between_two_steps(run, base: Path, samples: Path, tmp_path: Path):
+    settings = dict(method=full, optimizer=OptimizerArgs(lr=1e-3, state="8bit"))
+    train = dict(save_interval=3, lr_schedule="constant")
+    reference = run("reference", train, **settings)
+
+    def on_two(name: str, max_steps: int, resume: bool) -> None:
+        made = arguments(samples, tmp_path / name, train | dict(max_steps=max_steps), {})
+        made |= dict(optimizer=settings["optimizer"], resume=resume)
+        assert run_on_ranks("litgpt.finetune.full", 2, base, fits=False, **made) == [0, 0]
+
+    on_two("down", 3, False)
+    run("down", train, **settings, resume=True)
+    run("up", train | dict(max_steps=3), **settings)
+    on_two("up", 5, True)
+    for name in ("down", "up"):
+        assert [row["step"] for row in logged(tmp_path / name)] == [1, 2, 3, 4, 5]
+        for one, other in zip(logged(tmp_path / name), logged(reference), strict=True):
+            assert one["total_tokens"] == other["total_tokens"], "they saw the same samples"
+            assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-3)
+
+
+def test_two_ranks_with_averages_in_8_bits_go_on_bit_for_bit(base: Path, samples: Path, tmp_path: Path):
+    for name, limits in (("reference", [5]), ("out", [3, 5])):
+        for i, max_steps in enumerate(limits):
+            made = arguments(samples, tmp_path / name, dict(max_steps=max_steps, save_interval=3, lr_schedule="constant"), {})
+            made |= dict(optimizer=OptimizerArgs(lr=1e-3, state="8bit"), resume=i > 0)
+            assert run_on_ranks("litgpt.finetune.full", 2, base, fits=False, **made) == [0, 0]
+    assert_same_result(tmp_path / "out", tmp_path / "reference")
+
+
+def test_links_are_told_from_what_looks_like_them(tmp_path: Path):
+    (tmp_path / "step-000001").mkdir()
+    for name, target, ours in (("a", "step-000001", True), ("b", "step-000009", True), ("c", tmp_path / "step-000001", False)):
+        (tmp_path / name).symlink_to(target)
+        assert is_link(tmp_path / name) is ours
+    assert not is_link(tmp_path / "step-000001") and not is_link(tmp_path / "nowhere")
