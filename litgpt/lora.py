@@ -1,9 +1,14 @@
-"""Low-rank adaptation (arXiv:2106.09685): freeze the model and learn small updates beside chosen linear layers."""
+"""Low-rank adaptation (arXiv:2106.09685) and its kin: freeze the model and learn small updates beside chosen linear layers.
+
+rsLoRA (arXiv:2312.03732) scales updates otherwise, LoRA+ (arXiv:2402.12354) trains B faster than A, and DoRA (arXiv:2402.09353)
+also learns how long each row of the updated weight is.
+"""
 
 import hashlib
 import math
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +27,9 @@ MAKES = {  # what layers of other mixers than plain attention make, where it is 
     **dict.fromkeys(("kv_a", "kv_b"), ["key", "value"]),
     **dict.fromkeys(("in_proj", "in_proj_qkvz", "in_proj_ba"), ["query", "key", "value"]),
 }
+NUMBER = int | float, "a number"
+KINDS = {"r": (int, "an integer"), "alpha": NUMBER, "dropout": NUMBER, "targets": (str | None, "a text")}  # of options that are no switches
+KINDS["plus_ratio"] = int | float | None, "a number"
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,20 @@ class LoRA:
     projection: bool = False
     mlp: bool = False
     head: bool = False
+    targets: str | None = None
+    """"all-linear" turns on every switch above but `head`, which still decides about the head; None leaves all to them."""
+    rslora: bool = False
+    """Whether the update is scaled by alpha / sqrt(r) instead."""
+    dora: bool = False
+    """Whether the length of each updated row of a weight is learned apart from its direction."""
+    plus_ratio: float | None = None
+    """How many times the learning rate of A that of B is; by default they are equal."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, wanted = getattr(self, field.name), {"r": int, "alpha": int | float, "dropout": int | float}.get(field.name, bool)
-            if not isinstance(value, wanted) or (wanted is not bool and (isinstance(value, bool) or not math.isfinite(value))):
-                kind = {int: "an integer", bool: "true or false"}.get(wanted, "a number")
+            value, (wanted, kind) = getattr(self, field.name), KINDS.get(field.name, (bool, "true or false"))
+            is_flag = isinstance(value, bool)
+            if not isinstance(value, wanted) or is_flag != (wanted is bool) or (isinstance(value, float) and not math.isfinite(value)):
                 raise UserError(f"`lora_{field.name}` is {kind}, but got {value!r:.40}.")
         if self.r < 1:
             raise UserError(f"`lora_r` is the rank of the update and at least 1, but got {self.r}.")
@@ -53,10 +69,28 @@ class LoRA:
             raise UserError(f"`lora_alpha` scales the update and is a number above 0, but got {self.alpha}. Use twice the rank, say.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"`lora_dropout` is a probability below 1, but got {self.dropout}. Use 0 to drop nothing.")
+        if self.plus_ratio is not None and self.plus_ratio <= 0:
+            raise UserError(f"`lora_plus_ratio` multiplies a learning rate and is above 0, but got {self.plus_ratio}. Use 16, say.")
+        if self.targets is not None:
+            self._choose_all_linear()
         if not any((self.query, self.key, self.value, self.projection, self.mlp, self.head)):
             raise UserError(
                 "All of `lora_query`, `lora_key`, `lora_value`, `lora_projection`, `lora_mlp` and `lora_head` are false. Turn one on."
             )
+
+    def _choose_all_linear(self) -> None:
+        if self.targets != "all-linear":
+            raise UserError(f"`lora_targets` is 'all-linear' or left out, but got {self.targets!r:.40}. Single parts have switches.")
+        for part in ("query", "value"):  # the others are false unless they are given
+            if not getattr(self, part):
+                raise UserError(f"`lora_targets` all-linear contradicts `lora_{part}` false. Leave one of them out.")
+        for part in ("key", "projection", "mlp"):
+            object.__setattr__(self, part, True)
+
+    @property
+    def scaling(self) -> float:
+        """What the update is multiplied by."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def enabled(self, name: str) -> list[bool]:
         """Return which row blocks of a layer get an update: of `attn.qkv` those of q, k and v, of any other its only one."""
@@ -70,16 +104,22 @@ class LoRA:
         return [self.head and leaf == "lm_head"]
 
 
+# Layers
+
+
 class LoRALinear(nn.Module):
-    """A frozen linear layer and a trainable low-rank update of chosen row blocks, y = W x + alpha / r * B A x.
+    """A frozen linear layer and a trainable low-rank update of chosen row blocks, y = W x + s B A x with s = alpha / r.
+
+    With DoRA the rows of W + s B A are then given the lengths of a trainable vector m, y = m (W + s B A) x / norm(W + s B A).
 
     Args:
-        linear: The layer W, or any that has `in_features` and `out_features` (quantized, sharded).
+        linear: The layer W, or any that has `in_features`, `out_features`, `weight`, `bias` and, if its weight is quantized, `dequantize`.
         r: The rank of each block's update.
         alpha: The update is scaled by alpha / r.
         dropout: How likely an input of A is dropped while training.
         sizes: The rows of each block (for a fused projection: those of q, k and v); by default one block.
         enabled: Which blocks get an update; by default all.
+        dora: Whether the updated rows have trainable lengths.
     """
 
     def __init__(
@@ -90,15 +130,17 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         sizes: list[int] | None = None,
         enabled: list[bool] | None = None,
+        dora: bool = False,
     ) -> None:
         super().__init__()
         self.linear, self.r, self.scaling = linear, r, alpha / r
         self.sizes = sizes or [linear.out_features]
         self.enabled = enabled or [True] * len(self.sizes)
-        self.dropout = nn.Dropout(dropout)
-        like = dict(device=linear.weight.device, dtype=torch.float32)
+        self.dropout = Dropout(dropout)
+        like = dict(device=device_of(linear), dtype=torch.float32)
         self.lora_A = nn.Parameter(torch.empty(r * sum(self.enabled), linear.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(sum(self.updated_sizes), r, **like))
+        self.lora_magnitude = nn.Parameter(torch.empty(sum(self.updated_sizes), **like)) if dora else None
         self.reset_parameters()
 
     @property
@@ -117,35 +159,78 @@ class LoRALinear(nn.Module):
         return [size for size, enabled in zip(self.sizes, self.enabled, strict=True) if enabled]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start from no update at all: A is uniform as a linear layer's weight, B is zero."""
+        """Start from no update at all: A is uniform as a linear layer's weight, B is zero, and rows are as long as they are."""
         bound = 1 / math.sqrt(self.linear.in_features)
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         nn.init.zeros_(self.lora_B)
+        if self.lora_magnitude is not None and not self.lora_magnitude.is_meta:
+            self.lora_magnitude.data.copy_(self._norms())
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., n r)
-        return self.linear(x) + (F.linear(hidden, self.spread()) * self.scaling).to(x.dtype)
+        dropped = self.dropout(x)
+        A, B = self.lora_A.to(x.dtype), self.spread() * self.scaling
+        if self._may_be_fused(x):
+            return _Updated.apply(x, None if dropped is x else dropped, A, B.to(x.dtype), self.linear)
+        y = self.linear(x)
+        if self.lora_magnitude is not None:
+            longer = self.longer()
+            plain = y if dropped is x else self.linear(dropped)
+            plain = plain if self.linear.bias is None else plain - self.linear.bias.to(y.dtype)
+            # 1 is added by `addcmul`, after rounding: what is learned would be lost in a bf16 number near 1
+            y, B = torch.addcmul(y, plain, longer.to(y.dtype)), B * (1 + longer).unsqueeze(1)
+        return y + F.linear(F.linear(dropped, A), B.to(x.dtype))
+
+    def _may_be_fused(self, x: Tensor) -> bool:
+        """Say whether `_Updated` may do it: it knows no derivatives of the layer's own weights, and compilers fuse better themselves."""
+        if self.lora_magnitude is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return not torch.is_autocast_enabled(x.device.type) and not any(p.requires_grad for p in self.linear.parameters())
+
+    def longer(self) -> Tensor:
+        """Return by how much the rows of W + s B A are made longer, (out,), as a share of their lengths: DoRA's m / norm - 1."""
+        return self.over_all_rows(self.lora_magnitude / self._norms() - 1)
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """Return the lengths of the updated rows of W + s B A, which DoRA takes for constants."""
+        return self._updated_rows(norms_of_sum(full_weight(self.linear), self.lora_A, self.spread() * self.scaling))
+
+    def _updated_rows(self, values: Tensor) -> Tensor:
+        """Return those of the values of all rows that belong to rows with an update."""
+        return torch.cat([rows for rows, enabled in zip(values.split(self.sizes), self.enabled, strict=True) if enabled])
+
+    def magnitudes(self) -> Tensor:
+        """Return the lengths of all rows of the updated weight, (out,): what is learned of those that are updated, else W's own."""
+        return self.over_all_rows(self.lora_magnitude, row_norms(self.linear))
 
     def spread(self) -> Tensor:
         """Return B over the whole layer, (out, n r): each block's factor in its own rows and columns, zero elsewhere."""
         if len(self.sizes) == 1:
             return self.lora_B
-        rows, column = [], 0
-        blocks = iter(self.lora_B.split(self.updated_sizes))
-        for size, enabled in zip(self.sizes, self.enabled, strict=True):
-            if enabled:
-                rows.append(F.pad(next(blocks), (column, self.lora_A.size(0) - self.r - column)))
-                column += self.r
-            else:
-                rows.append(self.lora_B.new_zeros(size, self.lora_A.size(0)))
-        return torch.cat(rows)
+        return self.over_all_rows(torch.block_diag(*self.lora_B.split(self.updated_sizes)))
+
+    def over_all_rows(self, values: Tensor, others: Tensor | None = None) -> Tensor:
+        """Return values of the updated rows (R, ...) as values of all rows (out, ...), which are zero or `others` elsewhere."""
+        if all(self.enabled):
+            return values
+        others = values.new_zeros(self.out_features, *values.shape[1:]) if others is None else others
+        blocks = iter(values.split(self.updated_sizes))
+        parts = zip(others.split(self.sizes), self.enabled, strict=True)
+        return torch.cat([next(blocks) if enabled else rows for rows, enabled in parts])
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """Return a plain linear layer that computes the same, in the weight's own dtype."""
+        """Return a plain linear layer that computes the same, in the weight's own dtype.
+
+        Raises:
+            UserError: The weight is quantized, so that adding a small update to it would lose most of that.
+        """
+        _check_is_whole(self.linear, "weight")
         weight, bias = self.linear.weight, self.linear.bias
+        magnitudes = None if self.lora_magnitude is None else self.magnitudes()
         plain = base_model.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        plain.weight = nn.Parameter(updated(weight, self.lora_A, self.spread(), self.scaling), requires_grad=False)
+        merged = updated(weight, self.lora_A, self.spread(), self.scaling, magnitudes)
+        plain.weight = nn.Parameter(merged, requires_grad=False)
         plain.bias = bias
         return plain
 
@@ -154,11 +239,69 @@ class LoRALinear(nn.Module):
         for name in ("weight", "bias"):
             if (key := prefix + name) in state_dict:
                 state_dict[f"{prefix}linear.{name}"] = state_dict.pop(key)
+                if name == "weight" and self.lora_magnitude is not None:
+                    norms = torch.linalg.vector_norm(state_dict[f"{prefix}linear.weight"].float(), dim=1)
+                    state_dict.setdefault(f"{prefix}lora_magnitude", self._updated_rows(norms))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class Dropout(nn.Dropout):
+    """Dropout that takes a third of the time of torch's own on a CPU, and keeps one byte of each input for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        return super().forward(x) if x.device.type != "cpu" or torch.compiler.is_compiling() else _Dropped.apply(x, self.p)
+
+
+class _Dropped(torch.autograd.Function):
+    """Draws 16 bits for each input, which is enough for a probability, and fast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
+        kept = bits >= min(round(p * 2**16), 2**16 - 1) - 2**15
+        kept, ctx.scale = kept.view(torch.uint8), 1 / (1 - p)  # bytes are multiplied faster than truths
+        ctx.save_for_backward(kept)
+        return (x * kept).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return (grad * kept).mul_(ctx.scale), None
+
+
+class _Updated(torch.autograd.Function):
+    """A frozen layer's output and its update, added in place; keeps no more than the update's input and hidden values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, linear: nn.Module) -> Tensor:
+        seen, y = x if dropped is None else dropped, linear(x)
+        hidden = F.linear(seen, A)  # (..., n r)
+        ctx.save_for_backward(seen, hidden, A, B)
+        ctx.linear, ctx.same = linear, dropped is None
+        y.view(-1, y.size(-1)).addmm_(hidden.view(-1, hidden.size(-1)), B.T)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        seen, hidden, A, B = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.size(-1))  # (N, out)
+        grad_hidden, grad_x, grad_seen = rows @ B, None, None
+        grad_A = grad_hidden.T @ seen.reshape(-1, seen.size(-1))
+        grad_B = (hidden.view(-1, hidden.size(-1)).T @ rows).T
+        if ctx.needs_input_grad[0]:
+            grad_x = rows @ full_weight(ctx.linear, rows.dtype)
+            if ctx.same:
+                grad_x.addmm_(grad_hidden, A)
+            else:
+                grad_seen = (grad_hidden @ A).view(seen.shape)
+            grad_x = grad_x.view(seen.shape)
+        return grad_x, grad_seen, grad_A, grad_B, None
+
+
 class LoRAExperts(Experts):
-    """Frozen experts and trainable low-rank updates of each one's two matrices, y = W x + alpha / r * B A x.
+    """Frozen experts and trainable low-rank updates of each one's two matrices, y = W x + s B A x with s = alpha / r.
 
     Args:
         experts: The frozen ones.
@@ -197,7 +340,12 @@ class LoRAExperts(Experts):
 
     @torch.no_grad()
     def merged(self) -> Experts:
-        """Return plain experts that compute the same, in the weights' own dtype."""
+        """Return plain experts that compute the same, in the weights' own dtype.
+
+        Raises:
+            UserError: See `LoRALinear.merged`.
+        """
+        _check_is_whole(self.base, "gate_up")
         plain = copy(self.base)
         gate_up = updated(self.base.gate_up, self.lora_up_A, self.lora_up_B, self.scaling)
         down = updated(self.base.down, self.lora_down_A, self.lora_down_B, self.scaling)
@@ -213,14 +361,57 @@ class LoRAExperts(Experts):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return W + scale * B A in the weight's dtype, of one matrix or of a stack, of which one at a time is there in fp32."""
+def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, magnitudes: Tensor | None = None) -> Tensor:
+    """Return W + scale * B A in the weight's dtype, of one matrix or of a stack, of which one at a time is there in fp32.
+
+    Args:
+        weight: W, (out, in) or (E, out, in).
+        A: (r, in) or (E, r, in)
+        B: (out, r) or (E, out, r)
+        scale: See above.
+        magnitudes: The lengths that the rows of a matrix are then given, (out,); by default they keep theirs.
+    """
     if weight.ndim == 3:
         stack = torch.empty_like(weight)
         for e in range(len(stack)):
             stack[e] = updated(weight[e], A[e], B[e], scale)
         return stack
-    return (weight.float() + scale * (B.float() @ A.float()).to(weight.device)).to(weight.dtype)
+    wide = weight.float() + scale * (B.float() @ A.float()).to(weight.device)
+    if magnitudes is not None:
+        lengths = torch.linalg.vector_norm(wide, dim=1).clamp_(min=1e-30)  # a row may be zero
+        wide *= (magnitudes.to(wide) / lengths).unsqueeze(1)
+    return wide.to(weight.dtype)
+
+
+def full_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a linear layer's weight, (out, in), in a type that can be multiplied; by default as it is stored or was quantized."""
+    return layer.dequantize(dtype) if hasattr(layer, "dequantize") else layer.weight.to(dtype)
+
+
+def _check_is_whole(layer: nn.Module, leaf: str) -> None:
+    if leaf not in layer._parameters:  # what it has is made of fewer bits
+        raise UserError("Updates cannot be added to quantized weights. Load the base model without `quantize` and merge them there.")
+
+
+def norms_of_sum(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return the lengths of the rows of W + B A, (out,), without making that matrix; not quite 0, for a row may be zero."""
+    weight = weight.to(A.device)
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, A.dtype)).to(A.dtype).square()
+    products = F.linear(weight, A.to(weight.dtype)).to(A.dtype)  # W A^T, (out, r)
+    return (squares + ((2 * products + B @ (A @ A.T)) * B).sum(1)).clamp(min=torch.finfo(A.dtype).tiny).sqrt()
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Return where a layer is, without asking for its weight, which may have to be made."""
+    return next(chain(layer.parameters(), layer.buffers())).device
+
+
+def row_norms(layer: nn.Module) -> Tensor:
+    """Return the lengths of the rows of a linear layer's weight, (out,)."""
+    return torch.linalg.vector_norm(full_weight(layer).detach().float(), dim=1)
+
+
+# Models
 
 
 def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
@@ -232,23 +423,29 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
         seed: Every update starts from (seed, its layer's name), so that the start does not depend on how a model is spread.
 
     Raises:
-        UserError: Inputs of experts' updates would be dropped, which PEFT's format cannot express; or the rank is beyond any layer's.
+        UserError: Inputs of experts' updates would be dropped or their rows' lengths learned, which PEFT's format cannot express; or
+            the rank is beyond any layer's.
     """
     if lora.mlp and lora.dropout and model.config.n_expert:
         raise UserError(
             f"`lora_dropout` is 0 where `lora_mlp` updates experts, but got {lora.dropout}. Set it to 0, or turn `lora_mlp` off."
         )
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Experts) and any(lora.enabled(name))]
+    if lora.mlp and lora.dora and model.config.n_expert:
+        raise UserError(
+            "`lora_dora` cannot be used where `lora_mlp` updates experts, since PEFT has no DoRA of them. Turn one of them off."
+        )
+    layers = [(name, layer) for name, layer in model.named_modules() if can_be_wrapped(layer) and any(lora.enabled(name))]
     highest = max((_highest_rank(layer) for _, layer in layers), default=lora.r)
     if lora.r > highest:
         raise UserError(f"`lora_r` is {lora.r}, but the update of no layer it is for can have a rank above {highest}. Lower it.")
+    alpha = lora.scaling * lora.r  # rsLoRA is plain LoRA with a larger one
     for name, plain in layers:
         enabled = lora.enabled(name)
         if isinstance(plain, Experts):
-            layer = LoRAExperts(plain, lora.r, lora.alpha)
+            layer = LoRAExperts(plain, lora.r, alpha)
         else:
             sizes = model.config.qkv_sizes if len(enabled) == 3 else None
-            layer = LoRALinear(plain, lora.r, lora.alpha, lora.dropout, sizes, enabled)
+            layer = LoRALinear(plain, lora.r, alpha, lora.dropout, sizes, enabled, lora.dora)
         device = next(layer.parameters(recurse=False)).device
         if device.type != "meta":
             layer.reset_parameters(torch.Generator(device).manual_seed(seed_of(seed, name)))
@@ -256,7 +453,12 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
     mark_only_lora_as_trainable(model)
 
 
-def _highest_rank(layer: nn.Linear | Experts) -> int:
+def can_be_wrapped(layer: nn.Module) -> bool:
+    """Say whether an update can stand beside a layer: it is linear, plain or quantized, or holds experts."""
+    return isinstance(layer, nn.Linear | Experts) or hasattr(layer, "dequantize")
+
+
+def _highest_rank(layer: nn.Module) -> int:
     """Return the highest rank that an update of a layer can have, where a higher one would only cost memory."""
     if isinstance(layer, Experts):
         return max(min(layer.gate_up.shape[1:]), min(layer.down.shape[1:]))
@@ -316,6 +518,10 @@ class Config(base.Config):
     lora_projection: bool = False
     lora_mlp: bool = False
     lora_head: bool = False
+    lora_targets: str | None = None
+    lora_rslora: bool = False
+    lora_dora: bool = False
+    lora_plus_ratio: float | None = None
 
 
 class GPT(base_model.GPT):

@@ -1,8 +1,9 @@
 """LoRA updates in PEFT's format: made from our layers, and added to a model's weights.
 
-PEFT wraps linear layers, whose factors it calls `<layer>.lora_A.weight` (r, in) and `lora_B.weight` (out, r), and single parameters
-(`target_parameters`). Of stacked experts A is (E r, in), expert by expert, and B is (out, r E), whose columns are r groups of E. Wrapped
-parameters of one module nest, the first one innermost: its factors are called `<module>.base_layer.lora_A.weight`.
+PEFT wraps linear layers, whose factors it calls `<layer>.lora_A.weight` (r, in) and `lora_B.weight` (out, r), beside the lengths that
+DoRA gives the rows, `lora_magnitude_vector` (out,); and single parameters (`target_parameters`). Of stacked experts A is (E r, in), expert
+by expert, and B is (out, r E), whose columns are r groups of E. Wrapped parameters of one module nest, the first one innermost: its factors
+are called `<module>.base_layer.lora_A.weight`.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from litgpt.config import Config
 from litgpt.errors import UserError
-from litgpt.lora import LoRA, LoRAExperts, LoRALinear, updated
+from litgpt.lora import LoRA, LoRAExperts, LoRALinear, row_norms, updated
 from litgpt.translate import CONVERSIONS, fill, find_rule, is_skipped, names_of, prefixes_of, usual_name
 from litgpt.weights import Rule
 
@@ -33,7 +34,7 @@ START = "base_model.model."  # of the names in an adapter, before those in the m
 # tell, and what mattered only before or while they were trained. Everything else has to be unset.
 HARMLESS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "runtime_config"),
+    *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "runtime_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
     "fan_in_fan_out",  # PEFT corrects it to what the layer is
     "merge_weights",  # of its first versions
@@ -49,6 +50,8 @@ class Factors(NamedTuple):
     A: Tensor  # (r, in) or (E, r, in)
     B: Tensor  # (out, r) or (E, out, r)
     scale: float
+    magnitudes: Tensor | None = None  # the lengths that the rows of the updated weight have, (out,); by default their own
+    transposed: bool = False  # whether their weight is (in, out)
 
 
 @dataclass
@@ -83,11 +86,13 @@ def adapter_to_peft(model: nn.Module, lora: LoRA) -> tuple[dict[str, Tensor], di
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for rule, numbers, parts in _layers_by_rule(modules, config):
-        for template, A, B in _fused(rule, parts, config):
+        for template, A, B, magnitudes in _fused(rule, parts, config):
             path = _in_memory(template, config)
             module = path.format(*numbers)
             tensors[f"{START}{module}.lora_A.weight"] = A.detach()
             tensors[f"{START}{module}.lora_B.weight"] = B.detach()
+            if magnitudes is not None:
+                tensors[f"{START}{module}.lora_magnitude_vector"] = magnitudes.detach()
             ranks[f"{path}.weight"] = A.size(0)
     for name, layer in modules.items():
         if isinstance(layer, LoRAExperts):
@@ -136,8 +141,8 @@ def _layers_by_rule(modules: Mapping[str, nn.Module], config: Config) -> Iterato
             yield rule, numbers, [modules[_layer_of(ours).format(*numbers)] for ours in rule.ours]
 
 
-def _fused(rule: Rule, parts: list[nn.Module], config: Config) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield for each of their layers that has an update the name of its weight, A and B."""
+def _fused(rule: Rule, parts: list[nn.Module], config: Config) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """Yield for each of their layers that has an update the name of its weight, A, B, and what lengths DoRA gives its rows."""
     A = torch.cat([layer.lora_A for layer in parts if isinstance(layer, LoRALinear)])  # (R, in)
     blocks, used, start = [], [], 0
     for layer in parts:
@@ -151,11 +156,18 @@ def _fused(rule: Rule, parts: list[nn.Module], config: Config) -> Iterator[tuple
             used.append(blocks[-1].bool())
     untied = replace(config, tie_embeddings=False)  # the update of a tied head is no part of the embedding's
     kind = "same" if rule.kind == "transposed" else rule.kind  # PEFT itself transposes the product of the factors
-    moved, moved_used = (CONVERSIONS[kind][1](rule, untied, tuple(rows), list(rule.ours)) for rows in (blocks, used))
-    for template, B, where in zip(rule.theirs, moved, moved_used, strict=True):
+
+    def moved(rows: list[Tensor]) -> Iterable[Tensor]:
+        return CONVERSIONS[kind][1](rule, untied, tuple(rows), list(rule.ours))
+
+    magnitudes: Iterable[Tensor | None] = [None] * len(rule.theirs)
+    if any(getattr(layer, "lora_magnitude", None) is not None for layer in parts):
+        lengths = [layer.magnitudes() if isinstance(layer, LoRALinear) else row_norms(layer) for layer in parts]
+        magnitudes = [column.flatten() for column in moved([rows.unsqueeze(1) for rows in lengths])]
+    for template, B, where, of_rows in zip(rule.theirs, moved(blocks), moved(used), magnitudes, strict=True):
         columns = where.any(0)
         if columns.any():
-            yield template, A[columns], B[:, columns]
+            yield template, A[columns], B[:, columns], of_rows
 
 
 def _filled(layer: LoRALinear) -> Tensor:
@@ -195,9 +207,10 @@ def _peft_config(ranks: dict[str, int], config: Config, lora: LoRA) -> dict[str,
         "target_modules": sorted({key(name) for name in ranks if not is_parameter(name)}),
         **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": unusual,
-        "alpha_pattern": {name: lora.alpha * rank / lora.r for name, rank in unusual.items()},
+        "alpha_pattern": {name: lora.scaling * (math.sqrt(rank) if lora.rslora else rank) for name, rank in unusual.items()},
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "fan_in_fan_out": any(rule.kind == "transposed" and rule.theirs[0].endswith((".*", ".weight")) for rule in config.rules),
         "inference_mode": True,
     }
@@ -291,30 +304,45 @@ def peft_updates(tensors: Mapping[str, Tensor], settings: dict[str, Any], config
     for name, tensor in tensors.items():
         if name in others:
             continue
-        match = re.fullmatch(rf"{re.escape(START)}(.*)\.lora_(A|B)(?:\.default)?\.weight", name)
+        match = re.fullmatch(
+            rf"{re.escape(START)}(.*)\.lora_(?:(A|B)(?:\.default)?\.weight|(magnitude_vector)(?:\.default\.weight)?)", name
+        )
         if match is None and name.endswith((".base_layer.weight", ".base_layer.bias")):
             continue  # a copy of the base's head, which PEFT saves beside an update of it
         if match is None:
             raise UserError(f"The PEFT adapter holds {name!r}, which is no factor of a linear layer's LoRA update.")
-        found.setdefault(match[1], {})[match[2]] = tensor
+        found.setdefault(match[1], {})[match[2] or match[3]] = tensor
     stored_name = _stored_names(config)
     updates = Updates({}, {}, _changed({name: tensors[name] for name in others}))
     for module, factors in found.items():
-        if len(factors) < 2:
-            raise UserError(f"The PEFT adapter holds only one of the two factors of {module!r}.")
-        A, B = factors["A"], factors["B"]
-        if A.ndim != 2 or B.ndim != 2 or not A.size(0) or A.size(0) != B.size(1) or not (A.is_floating_point() and B.is_floating_point()):
-            shapes = f"{A.dtype} {tuple(A.shape)} and {B.dtype} {tuple(B.shape)}"
-            raise UserError(f"The factors of {module!r} in the PEFT adapter are {shapes}, which is no LoRA update. Save the adapter again.")
-        if (stack := _targeted_stack(module, targets, config)) is not None:
+        A, B, magnitudes = _checked(factors, module, bool(settings.get("use_dora")))
+        if (stack := _targeted_stack(module, targets, config)) is not None and magnitudes is None:
             rule, theirs, ours = stack
             updates.stacks[ours] = _stack_factors(A, B, theirs, rule, settings, config)
         else:
             name, transposed = stored_name(f"{module}.weight")
             is_parameter = any(f"{module}.weight".endswith(f".{target}") for target in targets)
             scale = _scale(settings, f"{module}.weight" if is_parameter else module, A.size(0))
-            updates.layers[name] = Factors(B.T, A.T, scale) if transposed else Factors(A, B, scale)
+            updates.layers[name] = Factors(A, B, scale, magnitudes, transposed)
     return updates
+
+
+def _checked(factors: Mapping[str, Tensor], module: str, use_dora: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return A, B and the lengths of rows that an adapter holds for a module, if they are an update of a linear layer."""
+    if not {"A", "B"} <= factors.keys():
+        raise UserError(f"The PEFT adapter holds only one of the two factors of {module!r}.")
+    A, B, magnitudes = factors["A"], factors["B"], factors.get("magnitude_vector")
+    if (magnitudes is not None) != use_dora:
+        held = "no" if use_dora else "a"
+        raise UserError(
+            f"The PEFT adapter's settings have `use_dora` {use_dora}, but it holds {held} `lora_magnitude_vector` of {module!r}. "
+            "Save the adapter again."
+        )
+    fits = A.ndim == B.ndim == 2 and A.size(0) == B.size(1) > 0 and (magnitudes is None or magnitudes.shape == B.shape[:1])
+    if not fits or not all(tensor.is_floating_point() for tensor in factors.values()):
+        shapes = " and ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (A, B, magnitudes) if tensor is not None)
+        raise UserError(f"The factors of {module!r} in the PEFT adapter are {shapes}, which is no LoRA update. Save the adapter again.")
+    return A, B, magnitudes
 
 
 def _changed(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -371,11 +399,13 @@ def add_updates(stream: Iterable[tuple[str, Tensor]], updates: Mapping[str, Fact
     waiting = dict(updates)
     for name, weight in stream:
         if name in waiting:
-            A, B, scale = waiting.pop(name)
+            A, B, scale, magnitudes, transposed = waiting.pop(name)
+            weight = weight.T if transposed else weight
             if weight.shape != (shape := (*B.shape[:-1], A.size(-1))):
                 shapes = f"{shape}, but in the base model its shape is {tuple(weight.shape)}"
                 raise UserError(f"The adapter updates {name!r} as if its shape were {shapes}. Name the model that it was trained beside.")
-            weight = updated(weight, A, B, scale)
+            weight = updated(weight, A, B, scale, magnitudes)
+            weight = weight.T.contiguous() if transposed else weight
         yield name, weight
     if waiting:
         raise UserError(f"The adapter updates {next(iter(waiting))!r}, which the base model does not have.")

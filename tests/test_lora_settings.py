@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import their_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +26,8 @@ PLAIN = {
     "lora_ga": dict(init_lora_weights="lora_ga"),
     "rslora": dict(use_rslora=True, lora_dropout=0.3),
     "transposed, which it is not": dict(fan_in_fan_out=True),
+    "dora": dict(use_dora=True),
+    "dora and rslora": dict(use_dora=True, use_rslora=True, target_modules="all-linear"),
     "one layer": dict(layers_to_transform=[1], layers_pattern="layers"),
     "all but one": dict(target_modules="all-linear", exclude_modules=["v_proj"]),
     "patterns": dict(rank_pattern={"q_proj": 5}, alpha_pattern={r"layers\.1\..*down_proj": 3}),
@@ -32,7 +35,6 @@ PLAIN = {
 CHANGES_THE_BASE = ("pissa", "pissa_niter_4", "olora")
 NOT_PLAIN = dict(
     bias="all",
-    use_dora=True,
     lora_bias=True,
     use_qalora=True,
     layer_replication=[[0, 1], [0, 2]],
@@ -82,6 +84,13 @@ def changed(folder, **settings):
     file = folder / names.ADAPTER_CONFIG
     said = json.loads(file.read_text()) | settings
     file.write_text(json.dumps({name: value for name, value in said.items() if value is not None}))
+    return folder
+
+
+def edited(folder, edit):
+    """The same adapter with other tensors."""
+    file = folder / names.ADAPTER_WEIGHTS
+    save_file({name: tensor.contiguous() for name, tensor in edit(load_file(file)).items()}, file)
     return folder
 
 
@@ -140,12 +149,25 @@ def test_settings_that_may_mean_more_than_plain_updates_are_refused_by_name(base
 
 
 @pytest.mark.parametrize(
-    "name", ["layer_replication", "alora_invocation_tokens", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"]
+    "name", ["layer_replication", "alora_invocation_tokens", "lora_bias", "modules_to_save", "trainable_token_indices"]
 )
 def test_such_adapters_are_refused_as_peft_writes_them(base, name, tmp_path):
     written(base, tmp_path, **{name: NOT_PLAIN[name]}, task_type="CAUSAL_LM")
     with pytest.raises(UserError, match=f"sets PEFT's `{name}` to "):
         load_lora(tmp_path, base)
+
+
+def test_lengths_of_rows_without_dora_and_dora_without_them_are_refused(base, tmp_path):
+    written(base, tmp_path / "dora", use_dora=True)
+    written(base, tmp_path / "plain")
+    with pytest.raises(UserError, match="have `use_dora` False, but it holds a `lora_magnitude_vector` of 'model.layers.0"):
+        load_lora(changed(tmp_path / "dora", use_dora=False), base)
+    with pytest.raises(UserError, match="have `use_dora` True, but it holds no `lora_magnitude_vector` of 'model.layers.0"):
+        load_lora(changed(tmp_path / "plain", use_dora=True), base)
+    changed(tmp_path / "dora", use_dora=True)
+    edited(tmp_path / "dora", lambda stored: {name: x[:3] if name.endswith("vector") else x for name, x in stored.items()})
+    with pytest.raises(UserError, match=r"are torch.float32 \(4, 48\) and torch.float32 \(32, 4\) and torch.float32 \(3,\), which is no"):
+        load_lora(tmp_path / "dora", base)
 
 
 def test_every_setting_of_the_installed_peft_is_known_to_be_harmless_or_refused_when_it_is_set():

@@ -19,7 +19,7 @@ from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean
 from litgpt.experts import Experts, Rows, grouped_linear
 from litgpt.files import is_file, read_json
-from litgpt.lora import LoRAExperts, LoRALinear, add_lora
+from litgpt.lora import LoRAExperts, LoRALinear, add_lora, can_be_wrapped, device_of, full_weight, norms_of_sum
 from litgpt.model import GPT, LatentAttention
 from litgpt.peft_format import STACKS, Factors
 from litgpt.translate import CONVERSIONS, fill, find_rule, names_of
@@ -27,7 +27,14 @@ from litgpt.weights import Rule
 
 NAME = r"[A-Za-z0-9._/:-]{1,96}"
 Ranks = tuple[tuple[int, int], ...]  # slots and how many columns each has, in their order
-Pair = tuple[Tensor, Tensor]  # A (..., r, in), and B (..., out, r) times the update's scale
+
+
+class Update(NamedTuple):
+    """What an adapter changes of one weight: row by row (1 + longer) W + B A."""
+
+    A: Tensor  # (..., r, in)
+    B: Tensor  # (..., out, r), times the update's scale
+    longer: Tensor | None = None  # (out,), of DoRA
 
 
 # Which token has which slot
@@ -45,6 +52,7 @@ class Slots:
         self.used = set(self.each) - {0}
         self.is_uniform = len(set(self.each)) == 1
         self._masks: dict[tuple[Ranks, int, int], Tensor] = {}
+        self._places: dict[Ranks, Tensor] = {}
 
     def foreign(self, ranks: Ranks, at: slice, device: torch.device) -> Tensor:
         """Return which of the columns `at`, of all that slots of these ranks have, are not a token's, (N, n); equal layers share it."""
@@ -53,6 +61,13 @@ class Slots:
             columns = [slot for slot, rank in ranks for _ in range(rank)][at]
             self._masks[key] = upload(self.each, device).unsqueeze(1) != upload(columns, device)
         return self._masks[key]
+
+    def places(self, ranks: Ranks, device: torch.device) -> Tensor:
+        """Return the place of each token's slot among the slots of these ranks, from 1, or 0 if it is none of them, (N,)."""
+        if ranks not in self._places:
+            known = {slot: place for place, (slot, _) in enumerate(ranks, start=1)}
+            self._places[ranks] = upload([known.get(slot, 0) for slot in self.each], device)
+        return self._places[ranks]
 
 
 class AdapterIndex:
@@ -86,30 +101,36 @@ class Stack:
         A: (R, in) or, of experts, (E, R, in)
         B: (R, out) or (E, R, out), so that those of some slots are neighbours in memory
         ranks: How many of the R columns each slot has.
+        longer: By how much some slots make W's rows longer, (out,) each.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, ranks: Ranks = ()) -> None:
-        self.A, self.B, self.ranks = A, B, ranks
+    def __init__(self, A: Tensor, B: Tensor, ranks: Ranks = (), longer: Mapping[int, Tensor] | None = None) -> None:
+        self.A, self.B, self.ranks, self.longer = A, B, ranks, longer or {}
         ends = list(accumulate(rank for _, rank in ranks))
         self.places = {slot: slice(end - rank, end) for (slot, rank), end in zip(ranks, ends, strict=True)}
+        none = B.new_zeros(B.size(-1))
+        rows = [none, *(self.longer.get(slot, none) for slot, _ in ranks)] if self.longer else []
+        self.all_longer = torch.stack(rows) if rows else None  # in the order of `Slots.places`
 
     @classmethod
-    def empty(cls, weight: Tensor) -> "Stack":
+    def empty(cls, layer: nn.Module, leaf: str) -> "Stack":
         """Return the stack of no slots beside a weight; the factors of a linear layer are in fp32, those of experts in their type."""
-        *more, outer, inner = weight.shape
-        like = dict(device=weight.device, dtype=weight.dtype if more else torch.float32)
+        *more, outer, inner = shape_of(layer, leaf)
+        like = dict(device=device_of(layer), dtype=getattr(layer, leaf).dtype if more else torch.float32)
         return cls(torch.empty(*more, 0, inner, **like), torch.empty(*more, 0, outer, **like))
 
-    def including(self, slot: int, pair: Pair) -> "Stack":
+    def including(self, slot: int, update: Update) -> "Stack":
         """Return the stack with one more slot."""
-        A, B = (torch.cat((old, new.to(old)), -2) for old, new in ((self.A, pair[0]), (self.B, pair[1].mT)))
-        return Stack(A, B, (*self.ranks, (slot, pair[0].size(-2))))
+        A, B = (torch.cat((old, new.to(old)), -2) for old, new in ((self.A, update.A), (self.B, update.B.mT)))
+        longer = {} if update.longer is None else {slot: update.longer.to(B)}
+        return Stack(A, B, (*self.ranks, (slot, update.A.size(-2))), {**self.longer, **longer})
 
     def without(self, slot: int) -> "Stack":
         """Return the stack with the slots but one."""
         kept = torch.ones(self.A.size(-2), dtype=torch.bool, device=self.A.device)
         kept[self.places[slot]] = False
-        return Stack(self.A[..., kept, :], self.B[..., kept, :], tuple(pair for pair in self.ranks if pair[0] != slot))
+        longer = {other: rows for other, rows in self.longer.items() if other != slot}
+        return Stack(self.A[..., kept, :], self.B[..., kept, :], tuple(pair for pair in self.ranks if pair[0] != slot), longer)
 
     def needed(self, slots: Slots) -> slice | None:
         """Return the columns from the first to the last one that a token needs, or None if no token needs any."""
@@ -119,13 +140,18 @@ class Stack:
         return slice(min(at.start for at in places), max(at.stop for at in places)) if places else None
 
 
+def shape_of(layer: nn.Module, leaf: str) -> Sequence[int]:
+    """Return the shape of a layer's weight as it is multiplied, however it is stored."""
+    return getattr(layer, leaf).shape if isinstance(layer, Experts) else (layer.out_features, layer.in_features)
+
+
 class AdapterLinear(nn.Module):
-    """A linear layer and the updates of all slots, y = W x + B A x with the A and B of each token's slot.
+    """A linear layer and the updates of all slots, y = W x + B A x with the A and B of each token's slot, and W's rows as long as it says.
 
     It holds the layer's own parameters under their own names, so that a model has the same weights with it and without.
 
     Args:
-        linear: The layer W, or any that has `in_features` and `out_features`.
+        linear: The layer W, or any that has `in_features`, `out_features`, `weight` and `bias`.
         index: Knows the slots of the call that is under way.
         is_head: Whether it sees the selected tokens only.
     """
@@ -135,7 +161,7 @@ class AdapterLinear(nn.Module):
         self.__dict__["linear"] = linear  # no submodule, which would change the weights' names
         self._parameters, self._buffers = linear._parameters, linear._buffers
         self.index, self.is_head = index, is_head
-        self.stacks = {"weight": Stack.empty(linear.weight)}
+        self.stacks = {"weight": Stack.empty(linear, "weight")}
 
     @property
     def in_features(self) -> int:
@@ -155,6 +181,9 @@ class AdapterLinear(nn.Module):
         rows = x.reshape(-1, x.size(-1))  # (N, C)
         n = self.shared_by(x)
         assert len(slots.each) * n == len(rows), f"{len(slots.each)} slots are set, but the layer sees {len(rows)} tokens"
+        if slots.used & stack.longer.keys():
+            longer = stack.all_longer[slots.places(stack.ranks, x.device)].repeat_interleave(n, 0).view_as(y).to(y.dtype)
+            y = torch.addcmul(y, y if self.linear.bias is None else y - self.linear.bias.to(y.dtype), longer)
         hidden = F.linear(rows.to(stack.A.dtype), stack.A[at])  # (N, R)
         if not slots.is_uniform:
             hidden = hidden.unflatten(0, (-1, n)).masked_fill(slots.foreign(stack.ranks, at, x.device).unsqueeze(1), 0.0).flatten(0, 1)
@@ -241,13 +270,13 @@ class AdapterExperts(Experts):
     def __init__(self, experts: Experts, index: AdapterIndex) -> None:
         self.__dict__.update(experts.__dict__)  # the same parameters and settings
         self.__dict__["plain"], self.index = experts, index
-        self.stacks = {leaf: Stack.empty(getattr(experts, leaf)) for leaf in STACKS}
+        self.stacks = {leaf: Stack.empty(experts, leaf) for leaf in STACKS}
 
     def project_up(self, x: Tensor, rows: Rows) -> Tensor:
-        return self._updated(super().project_up(x, rows), x, rows, "gate_up", spread=True)
+        return self._updated(self.plain.project_up(x, rows), x, rows, "gate_up", spread=True)
 
     def project_down(self, x: Tensor, rows: Rows) -> Tensor:
-        return self._updated(super().project_down(x, rows), x, rows, "down", spread=False)
+        return self._updated(self.plain.project_down(x, rows), x, rows, "down", spread=False)
 
     def _updated(self, y: Tensor, x: Tensor, rows: Rows, leaf: str, spread: bool) -> Tensor:
         slots, stack = self.index.tokens, self.stacks[leaf]
@@ -279,7 +308,7 @@ class Adapters:
 
     def __init__(self, model: GPT, base: Path, max_adapters: int = 8) -> None:
         self.model, self.base, self.max_adapters, self.index = model, base, max_adapters, AdapterIndex()
-        self._plain = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Experts)}
+        self._plain = {name: layer for name, layer in model.named_modules() if can_be_wrapped(layer)}
         self._wrapped: dict[str, AdapterLinear | AdapterExperts] = {}
         self._slots: dict[str, int] = {}
         self._numbers = count(1)
@@ -323,8 +352,8 @@ class Adapters:
         if len(self._slots) >= self.max_adapters:
             raise UserError(f"At most {self.max_adapters} adapters can be loaded, and so many are. Unload one first.")
 
-    def read(self, folder: Path) -> dict[str, Pair]:
-        """Return an adapter's factors by our weights' names. It changes nothing, so another thread may do it while the model computes.
+    def read(self, folder: Path) -> dict[str, Update]:
+        """Return an adapter's updates by our weights' names. It changes nothing, so another thread may do it while the model computes.
 
         Args:
             folder: See `load`.
@@ -334,30 +363,31 @@ class Adapters:
             UserError: It holds no LoRA updates, or some that cannot be computed beside this model.
         """
         found = find_adapter(folder)
-        pairs: dict[str, Pair] = {}
-        for name, (A, B) in self._pairs(found):
-            if not (A.isfinite().all() and B.isfinite().all()):
+        updates: dict[str, Update] = {}
+        for name, (A, B, longer) in self._updates(found):
+            if not all(tensor is None or tensor.isfinite().all() for tensor in (A, B, longer)):
                 raise UserError(f"{found} updates {name!r} by numbers that are not finite. Train or save the adapter again.")
             used = B.flatten(0, -2).any(0)  # what was not trained, or is padding, adds nothing
-            if used.any():
+            if used.any() or (longer is not None and longer.any()):
                 A, B = A[..., used, :], B[..., used]
-                before = pairs.get(name)  # experts may have updates as a stack and one by one
-                pairs[name] = (A, B) if before is None else (torch.cat((before[0], A), -2), torch.cat((before[1], B), -1))
-        return pairs
+                if (before := updates.get(name)) is not None:  # experts may have updates as a stack and one by one
+                    A, B = torch.cat((before.A, A), -2), torch.cat((before.B, B), -1)
+                updates[name] = Update(A, B, longer)
+        return updates
 
-    def install(self, name: str, pairs: Mapping[str, Pair]) -> None:
+    def install(self, name: str, updates: Mapping[str, Update]) -> None:
         """Give an adapter that was read a slot, between two calls of the model.
 
         Args:
             name: See `load`.
-            pairs: See `read`.
+            updates: See `read`.
         """
         self.check(name)
         slot, stacks = next(self._numbers), {}
-        for weight, pair in pairs.items():  # all that can fail for want of memory comes before the first change
+        for weight, update in updates.items():  # all that can fail for want of memory comes before the first change
             path, leaf = weight.rpartition(".")[::2]
-            stack = self._wrapped[path].stacks[leaf] if path in self._wrapped else Stack.empty(self._weight(weight))
-            stacks[path, leaf] = stack.including(slot, pair)
+            stack = self._wrapped[path].stacks[leaf] if path in self._wrapped else Stack.empty(self._plain[path], leaf)
+            stacks[path, leaf] = stack.including(slot, update)
         for (path, leaf), stack in stacks.items():
             self._wrap(path).stacks[leaf] = stack
         self._slots[name] = slot
@@ -390,29 +420,29 @@ class Adapters:
             self._wrapped[path] = layer
         return self._wrapped[path]
 
-    def _weight(self, name: str) -> Tensor | None:
-        """Return one of our weights, if it is of a kind that updates can stand beside."""
-        path, leaf = name.rpartition(".")[::2]
+    def _layer(self, weight: str) -> nn.Module | None:
+        """Return the layer of one of our weights, if it is of a kind that updates can stand beside."""
+        path, leaf = weight.rpartition(".")[::2]
         layer = self._plain.get(path)
-        is_known = leaf in STACKS if isinstance(layer, Experts) else layer is not None and leaf == "weight"
-        return getattr(layer, leaf) if is_known else None
+        return layer if leaf in (STACKS if isinstance(layer, Experts) else ("weight",)) else None
 
-    def _pairs(self, folder: Path) -> Iterator[tuple[str, Pair]]:
+    def _updates(self, folder: Path) -> Iterator[tuple[str, Update]]:
         if is_file(folder / names.ADAPTER_CONFIG):
-            return peft_pairs(folder, self.base, self.model.config, self._weight)
-        return stored_pairs(folder, self.base, self.model.config)
+            return peft_updates(folder, self.base, self.model.config, self._layer)
+        return stored_updates(folder, self.base, self.model.config, self._plain)
 
 
 # Files
 
 
-def stored_pairs(folder: Path, base: Path, config: Config) -> Iterator[tuple[str, Pair]]:
-    """Yield the factors in LitGPT's file, or in a step of a run of ours, by our names of the weights.
+def stored_updates(folder: Path, base: Path, config: Config, plain: Mapping[str, nn.Module]) -> Iterator[tuple[str, Update]]:
+    """Yield the updates in LitGPT's file, or in a step of a run of ours, by our names of the weights.
 
     Args:
         folder: See `has_lora`.
         base: The model's folder, for messages.
         config: The architecture of the model.
+        plain: The model's layers.
     """
     with weightless():
         model = GPT(config)
@@ -420,27 +450,30 @@ def stored_pairs(folder: Path, base: Path, config: Config) -> Iterator[tuple[str
     load_updates(model, folder, base)
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
-            yield f"{name}.weight", (layer.lora_A.detach(), layer.spread().detach() * layer.scaling)
+            layer.linear = plain[name]  # DoRA's lengths are relative to those of its weight
+            longer = None if layer.lora_magnitude is None else layer.longer().detach()
+            B = layer.spread().detach() * layer.scaling
+            yield f"{name}.weight", Update(layer.lora_A.detach(), B if longer is None else B * (1 + longer).unsqueeze(1), longer)
         elif isinstance(layer, LoRAExperts):
             for leaf, A, B in (("gate_up", layer.lora_up_A, layer.lora_up_B), ("down", layer.lora_down_A, layer.lora_down_B)):
-                yield f"{name}.{leaf}", (A.detach(), B.detach() * layer.scaling)
+                yield f"{name}.{leaf}", Update(A.detach(), B.detach() * layer.scaling)
 
 
-def peft_pairs(folder: Path, base: Path, config: Config, weight_of: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Pair]]:
-    """Yield the factors in a PEFT adapter, by our names of the weights.
+def peft_updates(folder: Path, base: Path, config: Config, layer_of: Callable[[str], nn.Module | None]) -> Iterator[tuple[str, Update]]:
+    """Yield the updates in a PEFT adapter, by our names of the weights.
 
     Args:
         folder: The adapter's.
         base: The model's folder, for messages.
         config: The architecture of the model.
-        weight_of: Returns one of our weights by its name, or None if no update can stand beside it.
+        layer_of: Returns the layer of one of our weights, or None if no update can stand beside it.
     """
     updates = read_peft_updates(folder, read_json(folder / names.ADAPTER_CONFIG), config)
     for name, factors in updates.stacks.items():
-        if (weight := weight_of(name)) is None:
+        if (layer := layer_of(name)) is None:
             raise _nowhere(name, base)
-        _check_shape(name, factors, weight.shape, base)
-        yield name, (factors.A.float(), factors.B.float() * factors.scale)
+        _check_shape(name, factors, shape_of(layer, name.rpartition(".")[2]), base)
+        yield name, Update(factors.A.float(), factors.B.float() * factors.scale)
     rules, groups = names_of(config.rules, to_ours=True), {}
     for name, factors in updates.layers.items():
         hit = find_rule(name, rules)
@@ -452,14 +485,21 @@ def peft_pairs(folder: Path, base: Path, config: Config, weight_of: Callable[[st
         groups.setdefault((rule, numbers, leaf), {})[i] = (name, factors)
     for (rule, numbers, leaf), parts in groups.items():
         targets = [fill(name, numbers, leaf) for name in rule.ours]
-        weights = [weight_of(target) for target in targets]
-        if any(weight is None for weight in weights):
+        layers = [layer_of(target) for target in targets]
+        if any(layer is None for layer in layers):
             raise _nowhere(next(iter(parts.values()))[0], base)
-        yield from zip(targets, _joined(rule, parts, weights, config, base), strict=True)
+        yield from zip(targets, _joined(rule, parts, layers, targets, config, base), strict=True)
 
 
-def _joined(rule: Rule, parts: Mapping[int, tuple[str, Factors]], weights: Sequence[Tensor], config: Config, base: Path) -> Iterator[Pair]:
-    """Yield the factors beside each of our weights that a rule makes of theirs, of which some have updates.
+def _joined(
+    rule: Rule,
+    parts: Mapping[int, tuple[str, Factors]],
+    layers: Sequence[nn.Module],
+    targets: Sequence[str],
+    config: Config,
+    base: Path,
+) -> Iterator[Update]:
+    """Yield the updates beside each of our weights that a rule makes of theirs, of which some have updates.
 
     A rule moves whole rows, so it moves those of B as it moves those of W. Each part of theirs has its own columns of B and rows of A;
     where experts are kept apart, all of them use the same ones.
@@ -467,29 +507,41 @@ def _joined(rule: Rule, parts: Mapping[int, tuple[str, Factors]], weights: Seque
     Args:
         rule: What makes ours of theirs.
         parts: By their places in the rule, their names and factors.
-        weights: Ours.
+        layers: Ours.
+        targets: The names of their weights.
         config: The architecture.
         base: The model's folder, for messages.
     """
-    swapped = rule.kind == "transposed"
-    ways, untied = CONVERSIONS["same" if swapped else rule.kind], replace(config, tie_embeddings=False)  # a tied head has an update alone
-    blank = ways[1](rule, untied, tuple(torch.empty_like(weight, device="meta") for weight in weights), list(rule.ours))
-    per, inner = len(rule.theirs), weights[0].size(-1)
+    kind = "same" if rule.kind == "transposed" else rule.kind  # factors are never transposed
+    to_ours, to_theirs = CONVERSIONS[kind]
+    untied = replace(config, tie_embeddings=False)  # a tied head has an update alone
+    has_lengths = any(factors.magnitudes is not None for _, factors in parts.values())
+    shapes = [shape_of(layer, name.rpartition(".")[2]) for layer, name in zip(layers, targets, strict=True)]
+    ours = [full_weight(layer) for layer in layers] if has_lengths else [torch.empty(*shape, device="meta") for shape in shapes]
+    theirs = to_theirs(rule, untied, tuple(ours), list(rule.ours))
+    per, inner = len(rule.theirs), shapes[0][-1]
     ranks = {i: factors.A.size(0) for i, (_, factors) in parts.items()}
     starts = {i: sum(ranks.get(before, 0) for before in range(i - i % per, i)) for i in ranks}
     rank = max(starts[i] + ranks[i] for i in ranks)
     for i, (name, factors) in parts.items():
-        if i >= len(blank):
+        if i >= len(theirs):
             raise _nowhere(name, base)
-        _check_shape(name, factors, blank[i].T.shape if swapped else blank[i].shape, base)
-    A = torch.zeros(len(blank) // per, rank, inner)
-    blocks = [torch.zeros(len(rows), rank) for rows in blank]
-    for i, (_, (a, b, scale)) in parts.items():
-        a, b = (b.T, a.T) if swapped else (a, b)
-        at = slice(starts[i], starts[i] + ranks[i])
-        A[i // per, at], blocks[i][:, at] = a, b.float() * scale
-    for B in ways[0](rule, untied, tuple(blocks), list(rule.theirs) * (len(blank) // per)):
-        yield A if rule.count else A[0], B
+        _check_shape(name, factors, theirs[i].shape, base)
+    A = torch.zeros(len(theirs) // per, rank, inner)
+    blocks, longer = [torch.zeros(len(rows), rank) for rows in theirs], [torch.zeros(len(rows), 1) for rows in theirs]
+    for i, (_, (a, b, scale, magnitudes, _)) in parts.items():
+        at, b = slice(starts[i], starts[i] + ranks[i]), b.float() * scale
+        if magnitudes is not None:
+            gain = magnitudes / norms_of_sum(theirs[i].float(), a.float(), b)
+            b, longer[i] = b * gain.unsqueeze(1), gain.unsqueeze(1) - 1
+        A[i // per, at], blocks[i][:, at] = a, b
+
+    def moved(rows: list[Tensor]) -> Sequence[Tensor]:
+        return to_ours(rule, untied, tuple(rows), list(rule.theirs) * (len(theirs) // per))
+
+    lengths = [column.flatten() for column in moved(longer)] if has_lengths else [None] * len(targets)
+    for B, of_rows in zip(moved(blocks), lengths, strict=True):
+        yield Update(A if rule.count else A[0], B, of_rows)
 
 
 def _nowhere(name: str, base: Path) -> UserError:

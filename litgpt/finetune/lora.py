@@ -11,11 +11,13 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.checkpoint import adapter_writer, load_model, write_checkpoint
-from litgpt.errors import UserError
 from litgpt.files import is_file
 from litgpt.finetune.loop import Base, Extras, Method, finetune
 from litgpt.lora import LoRA, add_lora, merge_lora_weights
 from litgpt.model import GPT
+from litgpt.quantize import QuantizeTraining
+
+FASTER = ("lora_B", "lora_up_B", "lora_down_B")  # what LoRA+ gives a learning rate of its own: B of linear layers, and of experts
 
 
 def setup(
@@ -30,7 +32,11 @@ def setup(
     lora_projection: bool = False,
     lora_mlp: bool = False,
     lora_head: bool = False,
-    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training"] | None = None,
+    lora_targets: Literal["all-linear"] | None = None,
+    lora_rslora: bool = False,
+    lora_dora: bool = False,
+    lora_plus_ratio: float | None = None,
+    quantize: QuantizeTraining | None = None,
     out_dir: Path = Path("out/finetune/lora"),
     **shared: Any,
 ) -> None:
@@ -42,7 +48,7 @@ def setup(
     Args:
         checkpoint_dir: The model to start from: a folder, a name in `checkpoints/`, or an `ORG/NAME` that is downloaded from the hub.
         lora_r: The rank of the updates. A higher one can learn more, and takes more memory.
-        lora_alpha: The updates are scaled by this number divided by the rank.
+        lora_alpha: The updates are scaled by this number divided by the rank, or by its root (`lora_rslora`).
         lora_dropout: How likely an input of an update is dropped while training. It has to be 0 where experts are updated.
         lora_query: Whether the queries of the attention get an update.
         lora_key: Whether its keys do.
@@ -50,20 +56,46 @@ def setup(
         lora_projection: Whether its output does.
         lora_mlp: Whether the MLPs do; in a model with experts, those, but not what chooses among them.
         lora_head: Whether the output head does.
-        quantize: Not supported yet: hold the model's own weights in fewer bits.
+        lora_targets: `all-linear` turns all of these on but the head's: every linear layer gets an update, and all experts.
+        lora_rslora: Divide `lora_alpha` by the root of the rank, so that updates of high ranks are not scaled down (rsLoRA).
+        lora_dora: Also learn how long each row of an updated weight is, apart from its direction (DoRA). It takes more time, and learns
+            more at low ranks. Not where experts are updated.
+        lora_plus_ratio: How many times faster the second factor of an update learns than the first one (LoRA+), 16, say. By default
+            both have the same learning rate.
+        quantize: Hold the model's own weights in 4 bits (`nf4`, or `fp4`; `-dq` also packs their scales) or 8 while the updates are
+            trained. What is written at the end is in full precision.
         out_dir: Where to write. `final/` becomes a complete Hugging Face folder, `step-N/` holds what a run needs to go on after
             step N, and `logs/` the logged values. A folder that already holds a run is refused.
     """
-    if quantize is not None:
-        raise UserError(f"`quantize` {quantize!r} is not supported yet. Leave it out; `--precision bf16-true` saves memory too.")
-    lora = LoRA(lora_r, lora_alpha, lora_dropout, lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head)
-    finetune(with_lora(lora), checkpoint_dir, out_dir=out_dir, **shared)
+    lora = LoRA(
+        lora_r,
+        lora_alpha,
+        lora_dropout,
+        lora_query,
+        lora_key,
+        lora_value,
+        lora_projection,
+        lora_mlp,
+        lora_head,
+        lora_targets,
+        lora_rslora,
+        lora_dora,
+        lora_plus_ratio,
+    )
+    finetune(with_lora(lora, quantize), checkpoint_dir, out_dir=out_dir, **shared)
 
 
-def with_lora(lora: LoRA) -> Method:
-    """Return the method that trains updates of these layers and sizes."""
-    options = {f"lora_{name}": value for name, value in asdict(lora).items()}
-    return Method("LoRA", freezes=True, prepare=partial(prepare, lora=lora), write=partial(write, lora=lora), options=options)
+def with_lora(lora: LoRA, quantize: str | None = None) -> Method:
+    """Return the method that trains updates of these layers and sizes, beside weights that may be quantized."""
+    return Method(
+        "LoRA",
+        freezes=True,
+        prepare=partial(prepare, lora=lora),
+        write=partial(write, lora=lora),
+        options={f"lora_{name}": value for name, value in asdict(lora).items()} | {"quantize": quantize},
+        quantize=quantize,
+        lr_ratios={} if lora.plus_ratio is None else dict.fromkeys(FASTER, float(lora.plus_ratio)),
+    )
 
 
 def prepare(model: GPT, seed: int, lora: LoRA) -> None:

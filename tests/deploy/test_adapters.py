@@ -20,6 +20,7 @@ from litgpt.errors import MissingFile, UserError
 from litgpt.families import FAMILIES
 from litgpt.lora import LoRA, add_lora
 from litgpt.model import GPT
+from litgpt.quantize import quantize_model
 
 SOME = r".*(q_proj|query_key_value|qkv_proj|q_b_proj|dense|down_proj|c_attn|c_proj|lm_head)"
 OTHERS = r".*(v_proj|k_proj|o_proj|gate_up_proj|gate_proj|up_proj|kv_b_proj|query_key_value|c_fc|fc1|embed_out|dense_h_to_4h|in_proj)"
@@ -28,6 +29,7 @@ KINDS = {  # adapters of one test: their names, and what makes them different
     "all": dict(r=5, lora_alpha=4, target_modules="all-linear"),
     "others": dict(r=2, lora_alpha=7, target_modules=OTHERS, rank_pattern={"v_proj": 1, "down_proj": 4}, alpha_pattern={"v_proj": 3}),
 }
+ROUTED = [name for name, family in FAMILIES.items() if family.base.get("mlp_class_name") == "LLaMAMoE"]
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -38,6 +40,8 @@ def write_peft(theirs_folder, folder, **settings):
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
+        elif "magnitude" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
     tuned.save_pretrained(folder)
 
 
@@ -82,7 +86,7 @@ def test_every_row_of_a_batch_is_what_peft_computes_with_its_adapter(family, tmp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.base.get("mlp_class_name") == "LLaMAMoE"])
+@pytest.mark.parametrize("model_type", ROUTED)
 def test_experts_have_the_updates_that_peft_gives_their_parameters(model_type, tmp_path):
     config = tiny_config(model_type)
     common = dict(target_modules=["o_proj"], init_lora_weights=True)
@@ -97,6 +101,54 @@ def test_experts_have_the_updates_that_peft_gives_their_parameters(model_type, t
     logits = adapters.model(idx)
     for i, name in enumerate(choice):
         torch.testing.assert_close(logits[i : i + 1], peft(name, idx[i : i + 1]), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "phi3", "deepseek_v3", "qwen3_next"])
+def test_rows_with_dora_stand_beside_rows_without(model_type, tmp_path):
+    everywhere, somewhere = ("all-linear", SOME) if model_type not in ROUTED else (r".*attn.*proj.*", r".*(k_proj|kv_b_proj|o_proj)")
+    dora = dict(r=3, lora_alpha=5, target_modules=everywhere, use_dora=True, use_rslora=True)
+    one = dict(r=2, target_modules=somewhere, use_dora=True)
+    config = tiny_config(model_type)
+    adapters, peft = served(config, tmp_path, dora=dora, plain=KINDS["some"], one=one)
+    choice = ["dora", None, "plain", "one", "dora"]
+    idx = torch.randint(config.vocab_size, (len(choice), 9))
+    adapters.index.set(per_token(rows_of(adapters, choice), 9))
+    logits = adapters.model(idx)
+    for i, name in enumerate(choice):
+        torch.testing.assert_close(logits[i : i + 1], peft(name, idx[i : i + 1]), rtol=0, atol=5e-5)
+    adapters.unload("dora")
+    adapters.index.set(per_token(rows_of(adapters, [None, "plain", "one"]), 9))
+    torch.testing.assert_close(adapters.model(idx[1:4]), logits[1:4], rtol=0, atol=1e-5)
+    for name in ("plain", "one"):
+        adapters.unload(name)
+    assert not any(isinstance(layer, AdapterLinear) for layer in adapters.model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["phi3", "qwen2_moe"])
+def test_adapters_stand_beside_quantized_weights_too(model_type, tmp_path):
+    config = tiny_config(model_type)
+    adapters, _ = served(config, tmp_path)
+    for name, settings in {"dora": dict(r=2, target_modules=r".*self_attn.*proj", use_dora=True), "some": KINDS["some"]}.items():
+        write_peft(tmp_path / "base", tmp_path / name, **settings)
+    quantize_model(adapters.model, "bnb.int8")
+    beside = Adapters(adapters.model, tmp_path / "base")
+    whole, state = GPT(config).eval(), GPT(config).state_dict()
+    layers = dict(adapters.model.named_modules())
+    for name in state:
+        path, leaf = name.rpartition(".")[::2]
+        state[name] = getattr(layers[path], leaf).detach()
+    whole.load_state_dict(state)
+    expected = Adapters(whole, tmp_path / "base")
+    idx = torch.randint(config.vocab_size, (3, 7))
+    logits = []
+    for each in (beside, expected):
+        for name in ("dora", "some"):
+            each.load(name, tmp_path / name)
+        each.index.set(per_token(rows_of(each, ["some", None, "dora"]), 7))
+        logits.append(each.model(idx))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-5)
 
 
 # With a cache
@@ -160,9 +212,9 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_what_else_is_loaded(tmp_
 def test_an_adapter_whose_products_overflow_hurts_only_its_own_rows(tmp_path):
     config = tiny_config("llama")
     adapters, peft = served(config, tmp_path, some=KINDS["some"], huge=KINDS["all"])
-    pairs = {name: (A.sign() * 3e38, B) for name, (A, B) in adapters.read(tmp_path / "huge").items()}
+    updates = {name: update._replace(A=update.A.sign() * 3e38) for name, update in adapters.read(tmp_path / "huge").items()}
     adapters.unload("huge")
-    adapters.install("huge", pairs)
+    adapters.install("huge", updates)
     idx = torch.randint(config.vocab_size, (3, 6))
     adapters.index.set(per_token(rows_of(adapters, ["some", "huge", None]), 6))
     logits = adapters.model(idx)
@@ -197,12 +249,12 @@ def test_a_hundred_cycles_leave_nothing_behind_and_the_plain_layers_where_they_w
     config = tiny_config("deepseek_v3")
     adapters, peft = served(config, tmp_path, all=KINDS["all"])
     adapters.unload("all")
-    pairs, model = adapters.read(tmp_path / "all"), adapters.model
+    updates, model = adapters.read(tmp_path / "all"), adapters.model
     layers, idx, alive = dict(model.named_modules()), torch.randint(config.vocab_size, (1, 5)), []
     for i in range(100):
         alive.append(tensors_alive() if i in (1, 99) else None)
-        adapters.install(f"a{i}", pairs)
-        adapters.install(f"b{i}", pairs)
+        adapters.install(f"a{i}", updates)
+        adapters.install(f"b{i}", updates)
         adapters.index.set([adapters.slot(f"b{i}")] * 5)
         model(idx)
         adapters.unload(f"a{i}")
@@ -254,6 +306,11 @@ def test_a_call_of_another_size_than_the_index_says_is_a_bug_that_shows(tmp_path
 
 
 EVERYTHING = LoRA(r=2, alpha=6, dropout=0.0, query=True, key=True, value=True, projection=True, mlp=True, head=True)
+SETTINGS = {
+    "everything": EVERYTHING,
+    "q and v": LoRA(r=3, alpha=4, dropout=0.0),
+    "dora of q and v": LoRA(r=3, alpha=4, dropout=0.0, dora=True, rslora=True),
+}
 
 
 def trained(folder, settings):
@@ -263,12 +320,14 @@ def trained(folder, settings):
     for name, parameter in model.named_parameters():
         if "lora_" in name and name.endswith("B"):
             torch.nn.init.normal_(parameter, std=0.2)
+        elif name.endswith("lora_magnitude"):
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
     return model.eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "deepseek_v3", "qwen3_moe", "gemma"])
-@pytest.mark.parametrize("settings", [EVERYTHING, LoRA(r=3, alpha=4, dropout=0.0)], ids=["everything", "q and v"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_what_is_served_equals_what_is_trained_and_what_is_merged(model_type, settings, tmp_path):
     config = tiny_config(model_type)
     adapters, _ = served(config, tmp_path)
