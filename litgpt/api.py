@@ -14,18 +14,19 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.cache import Cache
-from litgpt.checkpoint import copy_side_files, described_by, find_adapter, load_model, write_checkpoint
+from litgpt.checkpoint import copy_side_files, described_by, find_adapter, write_checkpoint
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
 from litgpt.files import kind_of
 from litgpt.generate.answers import Generated, Options, Progress, Reply, new_reply, write
 from litgpt.generate.memory import new_cache
 from litgpt.generate.reading import continuation_ids, embeddings, token_logprobs
-from litgpt.generate.run import check_quantize, prompt_ids, stop_tokens
+from litgpt.generate.run import load_weights, prompt_ids, stop_tokens
 from litgpt.hardware import compute_dtype, find_device, parse_devices, peak_memory_gb, products_dtype
 from litgpt.loss import IGNORED
 from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, PromptStyle, find_prompt_style, save_prompt_style, save_stop_tokens, with_own_style
+from litgpt.quantize import check_quantize, is_quantized, quantize_model
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.weight_files import load_pickle
@@ -80,6 +81,7 @@ class LLM(nn.Module):
         access_token: str | None = None,
         distribute: str | None = "auto",
         adapter: str | Path | None = None,
+        quantize: str | None = None,
     ) -> "LLM":
         """Return a pretrained or finetuned model, or one with random weights.
 
@@ -94,6 +96,7 @@ class LLM(nn.Module):
                 which are called later.
             adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the pretrained model's weights, whatever model it was
                 trained beside.
+            quantize: In how few bits to hold the weights, see `distribute`.
 
         Raises:
             UserError: An argument is wrong, or a folder is damaged.
@@ -103,6 +106,8 @@ class LLM(nn.Module):
             raise UserError(f"`init` is 'pretrained' or 'random', but got {init!r}.")
         if distribute not in ("auto", None):
             raise UserError(f"`distribute` is 'auto' or None, but got {distribute!r}. For more choices call `.distribute()` afterwards.")
+        if distribute is None and quantize is not None:
+            raise UserError("`quantize` is for a model that is put on a device, but `distribute` is None. Give it to `.distribute()`.")
         if init == "random" and tokenizer_dir is None:
             raise UserError(
                 "A model with random weights has no tokenizer of its own. Say whose to use, like tokenizer_dir='EleutherAI/pythia-160m'."
@@ -119,7 +124,7 @@ class LLM(nn.Module):
         llm = cls(None, Preprocessor(tokenizer), style, config, folder, tokens)
         llm.adapter_dir = updates
         if distribute is not None:
-            llm.distribute()
+            llm.distribute(quantize=quantize)
         return llm
 
     def distribute(
@@ -138,7 +143,8 @@ class LLM(nn.Module):
             devices: 1 or "auto": several devices are not supported yet.
             precision: The type of the weights: "32-true", "bf16-true" or "16-true", as which "bf16-mixed" and "16-mixed" count here. By
                 default the one that is fast on the device, or, if the model is in memory already, the one that it has.
-            quantize: Not supported yet.
+            quantize: Hold the weights in 4 bits ("bnb.nf4", "bnb.fp4", and with "-dq" in a bit less) or in 8 ("bnb.int8"). The model can
+                then not be saved.
             generate_strategy: Not supported yet.
             fixed_kv_cache_size: Keep a memory of so many tokens between calls of `generate`, or "max_model_supported". By default each call
                 takes as much as it needs.
@@ -146,18 +152,22 @@ class LLM(nn.Module):
         Raises:
             UserError: An argument is wrong, or asks for what is not supported.
         """
-        check_quantize(quantize)
         if generate_strategy is not None:
             raise UserError(f"`generate_strategy` {generate_strategy!r} needs several devices, which are not supported yet. Leave it out.")
         if devices != "auto" and parse_devices(devices, accelerator) != 1:
             raise UserError(f"`devices` {devices!r}: a model runs on one device so far. Use 1.")
         self.fixed_kv_cache_size = self._checked_cache_size(fixed_kv_cache_size)
         device = find_device(accelerator)
+        check_quantize(quantize, device)
         dtype = None if precision is None else products_dtype(precision)
-        if self.model is not None:
+        if self.model is None:
+            self.model = self._new_model(dtype or compute_dtype(accelerator), device, quantize)
+        elif quantize is None:
             self.model.to(device=device, dtype=dtype)
+        elif is_quantized(self.model):
+            raise UserError(f"`quantize` is {quantize!r}, but the model is quantized already. Load it again.")
         else:
-            self.model = self._new_model(dtype or compute_dtype(accelerator), device)
+            quantize_model(self.model, quantize, dtype, device)
         self.model.eval()
         self.preprocessor.device, self._cache = device, None
 
@@ -184,10 +194,13 @@ class LLM(nn.Module):
             raise UserError(f"{trainer_ckpt} does not hold the weights of {self.config.name}: {''.join(first).strip()}") from None
         self.model = model.train()
 
-    def _new_model(self, dtype: torch.dtype, device: torch.device | str) -> GPT:
+    def _new_model(self, dtype: torch.dtype, device: torch.device | str, quantize: str | None = None) -> GPT:
         if self.checkpoint_dir is not None:
-            return load_model(self.checkpoint_dir, dtype=dtype, device=device, adapter=self.adapter_dir)
-        return GPT(self.config).to(device=device, dtype=dtype)
+            return load_weights(self.checkpoint_dir, dtype, device, self.adapter_dir, quantize)
+        model = GPT(self.config)
+        if quantize is not None:
+            quantize_model(model, quantize)
+        return model.to(device=device, dtype=dtype)
 
     def _checked_cache_size(self, size: int | str | None) -> int | None:
         most = self.config.block_size
@@ -409,6 +422,8 @@ class LLM(nn.Module):
             UserError: The folder exists, or the disk is full.
         """
         model = self._loaded()
+        if is_quantized(model):
+            raise UserError("The model's weights are held in fewer bits, which no checkpoint can be made of. Load it without `quantize`.")
         style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style or self.prompt_style
 
         def add_tokenizer_and_style(folder: Path) -> None:

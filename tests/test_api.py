@@ -161,7 +161,7 @@ def test_what_cannot_be_loaded_is_one_sentence(folder, arguments, said):
         (dict(accelerator="gpuu"), "`accelerator`"),
         (dict(precision="fp8"), "`precision`.*'fp8'"),
         (dict(precision=16), "`precision`.*got 16"),
-        (dict(quantize="bnb.nf4"), "`quantize`"),
+        (dict(quantize="bnb.nf3"), "`quantize` is one of bnb.nf4"),
         (dict(generate_strategy="sequential"), "`generate_strategy`"),
         (dict(fixed_kv_cache_size=100_000), "`fixed_kv_cache_size`.*100000"),
     ],

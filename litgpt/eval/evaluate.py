@@ -12,15 +12,16 @@ from urllib.parse import urlsplit
 
 import torch
 
-from litgpt.checkpoint import DTYPES, described_by, find_adapter, load_model
+from litgpt.checkpoint import DTYPES, described_by, find_adapter
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError, did_you_mean
 from litgpt.eval.harness import as_lm, lm_eval_module
 from litgpt.files import cannot_write
-from litgpt.generate.run import Speaker
+from litgpt.generate.run import Speaker, load_weights
 from litgpt.hardware import compute_dtype, find_device
 from litgpt.names import CONFIG, PARTIAL
 from litgpt.prompts import find_prompt_style, with_own_style
+from litgpt.quantize import Quantize, check_quantize
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 
@@ -45,6 +46,7 @@ def convert_and_evaluate(
     save_filepath: Path | None = None,
     access_token: str | None = None,
     adapter: Path | None = None,
+    quantize: Quantize | None = None,
     include_path: Path | None = None,
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
@@ -73,6 +75,8 @@ def convert_and_evaluate(
         save_filepath: The file for the results. By default `results.json` in `out_dir`.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
         adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
+        quantize: Hold the model's weights in 4 bits (bnb.nf4, a little worse: bnb.fp4), with `-dq` in a bit less still, or in 8 (bnb.int8).
+            4 bits need the package of `pip install -e '.[all]'`.
         include_path: A folder with tasks of your own, which are YAML files as lm-eval has them.
         apply_chat_template: Whether to put questions into the model's prompt style, as chat models want them.
         system_instruction: A system text to begin each question with.
@@ -88,6 +92,7 @@ def convert_and_evaluate(
     check_choices(model, model_args, limit, num_fewshot)
     generation = None if gen_kwargs is None else parsed("gen_kwargs", gen_kwargs)
     chosen_device, chosen_dtype = find_named_device(device), find_dtype(dtype, device)
+    check_quantize(quantize, chosen_device)
     updates = find_adapter(adapter)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = find_tasks(names, include_path)
@@ -98,8 +103,9 @@ def convert_and_evaluate(
     if server:
         what: dict[str, Any] = dict(model=model, model_args=server_args(folder, model_args), batch_size=batch_size)
     else:
-        speaker = load_speaker(folder, chosen_dtype, chosen_device, updates)
-        described = {"pretrained": str(checkpoint_dir)} | ({"adapter": str(adapter)} if adapter else {})
+        speaker = load_speaker(folder, chosen_dtype, chosen_device, updates, quantize)
+        given = {"pretrained": checkpoint_dir, "adapter": adapter, "quantize": quantize}
+        described = {name: str(value) for name, value in given.items() if value}
         what = dict(model=as_lm(speaker, n_rows), model_args=described, batch_size=batch_size, device=str(chosen_device))
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     results = measured(
@@ -240,10 +246,12 @@ def find_dtype(dtype: str | None, device: str | None = None) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_speaker(folder: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None = None) -> Speaker:
+def load_speaker(
+    folder: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None = None, quantize: str | None = None
+) -> Speaker:
     """Return a checkpoint made ready to be evaluated."""
     tokenizer = Tokenizer(described_by(folder))
-    model = load_model(folder, dtype=dtype, device=device, adapter=adapter)
+    model = load_weights(folder, dtype, device, adapter, quantize)
     return Speaker(folder, model, tokenizer, find_prompt_style(with_own_style(adapter, folder), tokenizer, config=model.config))
 
 

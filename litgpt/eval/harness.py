@@ -14,6 +14,7 @@ from litgpt.generate.batch import Answer, Batch
 from litgpt.generate.memory import new_cache
 from litgpt.generate.run import Speaker, note
 from litgpt.generate.sampling import NO_NUMBERS, RowState
+from litgpt.quantize import n_weights
 from litgpt.tokenizer import StreamDecoder, Tokenizer
 
 AUTO_ROWS = 8  # how many answers are generated at a time where the batch size is chosen for the device
@@ -54,9 +55,8 @@ class Harness:
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the results say of the model."""
-        parameters = list(self.model.parameters())
-        dtype, n_parameters = str(parameters[0].dtype), sum(parameter.numel() for parameter in parameters)
-        return {"model_num_parameters": n_parameters, "model_dtype": dtype, "max_length": self.max_length}
+        dtype = str(next(self.model.parameters()).dtype)
+        return {"model_num_parameters": n_weights(self.model), "model_dtype": dtype, "max_length": self.max_length}
 
     # Log-likelihoods
 

@@ -17,6 +17,7 @@ from litgpt.eval.harness import beginning_of, encoded
 from litgpt.eval.score import scores, windows
 from litgpt.files import read_text
 from litgpt.generate.run import Speaker
+from litgpt.quantize import Quantize, check_quantize
 from litgpt.scripts.download import find_checkpoint
 
 MAX_LENGTH = 2048  # how much is read at a time, where the model could read more
@@ -54,6 +55,7 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     adapter: Path | None = None,
+    quantize: Quantize | None = None,
     save_filepath: Path | None = None,
     access_token: str | None = None,
 ) -> None:
@@ -77,6 +79,8 @@ def main(
         device: Where to compute: cpu, cuda, cuda:1, mps. By default the GPU, if there is one.
         dtype: The type of weights and computation: float32, bfloat16 or float16. By default the one that is fast on this machine.
         adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
+        quantize: Hold the model's weights in 4 bits (bnb.nf4, a little worse: bnb.fp4), with `-dq` in a bit less still, or in 8 (bnb.int8).
+            4 bits need the package of `pip install -e '.[all]'`.
         save_filepath: A file to write the results to, as JSON.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
     """
@@ -84,10 +88,11 @@ def main(
         raise UserError("Name the texts with --data: a .txt, .json, .jsonl or .parquet file, or a folder with such files.")
     n_rows, updates = checked_batch_size(batch_size), find_adapter(adapter)
     chosen_device, chosen_dtype = find_named_device(device), find_dtype(dtype, device)
+    check_quantize(quantize, chosen_device)
     texts = read_texts(data, text_key)
     file = None if save_filepath is None else prepared_file(save_filepath, "--save_filepath")
     folder = find_checkpoint(checkpoint_dir, access_token=access_token)
-    speaker = load_speaker(folder, chosen_dtype, chosen_device, updates)
+    speaker = load_speaker(folder, chosen_dtype, chosen_device, updates, quantize)
     with progress("Reading") as advance:
         found = perplexity(speaker, texts, max_seq_length, stride, n_rows, advance)
     for name, value in found.measures.items():

@@ -139,7 +139,7 @@ def test_litserve_streams_the_same_answer(size, url, expected):
 
 
 def test_wrong_options_are_refused_before_a_worker_starts(folder):
-    for wrong in ({"temperature": -1.0}, {"top_p": 2.0}, {"quantize": "bnb.nf4"}, {"stream": True}):
+    for wrong in ({"temperature": -1.0}, {"top_p": 2.0}, {"quantize": "bnb.nf3"}, {"stream": True}):
         with pytest.raises(UserError):
             LitGPTAPI(folder, **wrong)
     assert StreamingLitGPTAPI(folder).stream and not LitGPTAPI(folder).stream

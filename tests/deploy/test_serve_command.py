@@ -36,7 +36,7 @@ def no_key_around(monkeypatch):
 
 NOWHERE = Path("no/such/model")
 WRONG = {
-    "quantize": ("bnb.nf4", "not supported yet"),
+    "quantize": ("bnb.nf3", "`quantize` is one of bnb.nf4"),
     "devices": (2, "`devices` above 1 is not supported yet"),
     "generate_strategy": ("sequential", "not supported yet"),
     "accelerator": ("tpu", "`accelerator` is one of"),
