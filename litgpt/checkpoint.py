@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from litgpt import names
+from litgpt.adapter_v2 import add_stored, is_new
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError
 from litgpt.experts import EXACT
@@ -64,29 +65,36 @@ def load_model(
     device: torch.device | str = "cpu",
     model_class: Callable[[Config], GPT] = GPT,
     adapter: Path | None = None,
+    prepare: Callable[[GPT], None] | None = None,
 ) -> GPT:
-    """Return the model of a checkpoint directory, in eval mode; LoRA updates that lie beside its weights are merged in.
+    """Return the model of a checkpoint directory, in eval mode, with what was trained beside it: LoRA's updates are merged in.
 
     Args:
-        folder: Holds weights and the config that describes them, see DESIGN "Which file counts"; or a PEFT adapter, which names its base.
+        folder: Holds weights and the config that describes them, see DESIGN "Which file counts"; or an adapter, which names its base.
         dtype: Of the parameters; by default as they are stored.
         device: Where to put them.
         model_class: Makes the model of its config.
-        adapter: Holds LoRA updates that are merged in, whatever model they name as their base; see `has_lora`.
+        adapter: Holds LoRA updates, or what Adapter trained, for this model, whatever model they name as their base; see `has_updates`.
+        prepare: Changes the model when LoRA's updates are in it and what Adapter trained is not yet, such as `quantize_model`.
 
     Raises:
         MissingFile: The folder lacks weights or config.
         UserError: A file is damaged, or the weights do not fit the config.
     """
+    if has_adapter(adapter or folder):
+        return load_adapter(adapter or folder, folder if adapter else None, dtype, device, model_class, prepare)
     if adapter is not None or has_lora(folder):
         model, _ = load_lora(adapter or folder, folder if adapter else None, dtype, device, model_class)
         merge_lora_weights(model)
-        return model.eval()
-    config = Config.from_checkpoint(folder)
-    weights = {name: _moved(tensor, dtype, device, name) for name, tensor in read_weights(folder, config)}
-    if not config.tie_embeddings and not hf_weight_files(folder) and _is_tied(weights):
-        config = replace(config, tie_embeddings=True)
-    return assemble(config, weights, str(folder), model_class)
+    else:
+        config = Config.from_checkpoint(folder)
+        weights = {name: _moved(tensor, dtype, device, name) for name, tensor in read_weights(folder, config)}
+        if not config.tie_embeddings and not hf_weight_files(folder) and _is_tied(weights):
+            config = replace(config, tie_embeddings=True)
+        model = assemble(config, weights, str(folder), model_class)
+    if prepare is not None:
+        prepare(model)
+    return model.eval()
 
 
 def assemble(config: Config, weights: dict[str, Tensor], where: str, model_class: Callable[[Config], GPT] = GPT) -> GPT:
@@ -174,12 +182,17 @@ def has_lora(folder: Path) -> bool:
     return is_file(folder / names.RUN_STATE / names.STATE) and any("lora_" in name for name, _, _ in read_headers(folder))
 
 
+def has_updates(folder: Path) -> bool:
+    """Say whether a folder holds no whole weights, but what was trained beside those of another: by LoRA, Adapter or Adapter v2."""
+    return has_adapter(folder) or has_lora(folder)
+
+
 def find_adapter(argument: str | Path | None) -> Path | None:
-    """Return the folder of LoRA updates that an argument means: a folder, or one in `checkpoints/`.
+    """Return the folder of updates that an argument means: a folder, or one in `checkpoints/`.
 
     Raises:
         MissingFile: There is none.
-        UserError: It holds no LoRA updates.
+        UserError: It holds neither LoRA updates nor what Adapter trained.
     """
     if argument is None:
         return None
@@ -188,8 +201,9 @@ def find_adapter(argument: str | Path | None) -> Path | None:
         raise MissingFile(f"There is no folder {str(argument)!r} with LoRA updates, neither here nor in {names.CHECKPOINTS}/.")
     if is_file(folder / names.ADAPTER / names.ADAPTER_CONFIG):  # as in a run's folder with the merged model
         folder = folder / names.ADAPTER
-    if not is_file(folder / names.ADAPTER_CONFIG) and not has_lora(folder):
-        raise UserError(f"{folder} holds no LoRA updates: neither {names.ADAPTER_CONFIG} nor {names.LIT_LORA} nor a step of finetune_lora.")
+    if not is_file(folder / names.ADAPTER_CONFIG) and not has_updates(folder):
+        files = f"neither {names.ADAPTER_CONFIG} nor {names.LIT_LORA} nor {names.OWN_ADAPTER}"
+        raise UserError(f"{folder} holds no LoRA updates: {files} nor a step of a run that trained an adapter.")
     return folder.absolute()
 
 
@@ -211,11 +225,9 @@ def load_lora(
         device: Where to put them.
         model_class: Makes the model of its config.
     """
+    base = base or named_base(folder)
     if is_file(folder / names.ADAPTER_CONFIG):
-        settings = read_json(folder / names.ADAPTER_CONFIG)
-        base = base or base_of(folder, settings.get("base_model_name_or_path"))
-        return _with_peft_adapter(folder, settings, base, dtype, device, model_class), base
-    base = base or base_of(folder, read_hyperparameters(folder).get("checkpoint_dir"))
+        return _with_peft_adapter(folder, read_json(folder / names.ADAPTER_CONFIG), base, dtype, device, model_class), base
     model = load_model(base, dtype, device, model_class)
     add_lora(model, lora_settings(folder))
     load_updates(model, folder, base)
@@ -231,6 +243,8 @@ def lora_settings(folder: Path) -> LoRA:
     Raises:
         UserError: What it says of them is wrong.
     """
+    if has_adapter(folder):
+        raise UserError(f"{folder} holds what Adapter trained, not LoRA updates. Name that folder in the place of the model.")
     options = read_hyperparameters(folder).items()
     settings = {key.removeprefix("lora_"): value for key, value in options if key.startswith("lora_")}
     if unknown := settings.keys() - {field.name for field in fields(LoRA)}:
@@ -312,25 +326,102 @@ def described_by(folder: Path) -> Path:
     """Return the folder whose config and tokenizer a checkpoint is used with: itself, or the base that a PEFT adapter names."""
     if not is_file(folder / names.ADAPTER_CONFIG) or is_file(folder / names.CONFIG):
         return folder
-    return base_of(folder, read_json(folder / names.ADAPTER_CONFIG).get("base_model_name_or_path"))
+    return named_base(folder)
 
 
 def read_hyperparameters(folder: Path) -> dict[str, Any]:
     """Return the options of the run that wrote a folder."""
     file = folder / names.HYPERPARAMETERS
     if not is_file(file):
-        raise MissingFile(f"{folder} lacks {names.HYPERPARAMETERS}, which says how its LoRA weights were trained and beside which model.")
+        raise MissingFile(f"{folder} lacks {names.HYPERPARAMETERS}, which says how what it holds was trained and beside which model.")
     return read_yaml(file)
 
 
-def base_of(folder: Path, name: str | None) -> Path:
-    """Return the folder of the model that LoRA weights were trained beside, by the name they give it."""
+def named_base(folder: Path) -> Path:
+    """Return the folder of the model that a folder of updates names as the one they were trained beside.
+
+    Args:
+        folder: See `has_updates`, or a PEFT adapter.
+
+    Raises:
+        MissingFile: The model is not there.
+    """
+    if is_file(folder / names.ADAPTER_CONFIG):
+        return base_of(folder, read_json(folder / names.ADAPTER_CONFIG).get("base_model_name_or_path"))
+    if is_file(folder / names.OWN_ADAPTER):
+        return base_of(folder, read_yaml(folder / names.OWN_ADAPTER_BASE).get("checkpoint_dir"), "generate DIR --adapter {}")
+    return base_of(folder, read_hyperparameters(folder).get("checkpoint_dir"))
+
+
+def base_of(folder: Path, name: str | None, way: str = "merge_lora {} --pretrained_checkpoint_dir DIR") -> Path:
+    """Return the folder of the model that updates were trained beside, by the name they give it; `way` is a command that names it."""
     for candidate in (Path(name), Path(names.CHECKPOINTS) / name, folder / name) if name and isinstance(name, str) else ():
         if is_folder(candidate):
             return candidate
-    raise MissingFile(
-        f"The base model {name!r} of {folder} is not there. Name it with: merge_lora {folder} --pretrained_checkpoint_dir DIR"
-    )
+    raise MissingFile(f"The base model {name!r} of {folder} is not there. Name it with: {way.format(folder)}")
+
+
+# Adapter beside its base
+
+
+def has_adapter(folder: Path) -> bool:
+    """Say whether a folder holds what Adapter or Adapter v2 trained: ours, LitGPT's, or a step of a run."""
+    if is_file(folder / names.OWN_ADAPTER):
+        return True
+    if plain_files(folder):
+        return False
+    if is_file(folder / names.LIT_ADAPTER) or is_file(folder / names.LIT_ADAPTER_V2):
+        return True
+    return is_file(folder / names.RUN_STATE / names.STATE) and any(is_new(name) for name, _, _ in read_headers(folder))
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise a UserError if a folder holds what Adapter trained, for commands that need a model's own weights and nothing beside them."""
+    if has_adapter(folder):
+        raise UserError(
+            f"{folder} holds what Adapter trained beside a model, which cannot be made a part of its weights. "
+            "Name the model instead; generate, chat, serve and evaluate take the folder as it is."
+        )
+
+
+def load_adapter(
+    folder: Path,
+    base: Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    model_class: Callable[[Config], GPT] = GPT,
+    prepare: Callable[[GPT], None] | None = None,
+) -> GPT:
+    """Return a model with what Adapter or Adapter v2 trained beside it, in eval mode.
+
+    Args:
+        folder: See `has_adapter`.
+        base: The model that was finetuned; by default the one that the folder names.
+        dtype: Of the base's parameters; by default as they are stored.
+        device: Where to put them.
+        model_class: Makes the model of its config.
+        prepare: See `load_model`.
+
+    Raises:
+        MissingFile: The base is not there.
+        UserError: The two do not fit, or LitGPT's `finetune_adapter` wrote the folder.
+    """
+    ours, litgpts = is_file(folder / names.OWN_ADAPTER), is_file(folder / names.LIT_ADAPTER_V2)
+    if is_file(folder / names.LIT_ADAPTER) and not (ours or litgpts):
+        raise UserError(
+            f"{folder / names.LIT_ADAPTER} is of LitGPT's finetune_adapter, which never trains its prefixes and takes rows of queries for "
+            "their keys and values. Train it again with: litgpt finetune_adapter"
+        )
+    base = base or named_base(folder)
+    model = load_model(base, dtype, device, model_class, prepare=prepare)
+    if ours:
+        stored = dict(read_file(folder / names.OWN_ADAPTER))
+    else:
+        stored = unwrapped(folder / names.LIT_ADAPTER_V2) if litgpts else dict(read_step(step_files(folder)))
+    grouped = litgpts and not any(".attn.attn." in name for name in stored)  # which versions before the change had
+    if not add_stored(model, dict(from_litgpt_names(stored.items(), model.config)) if litgpts else stored, grouped):
+        raise UserError(f"What Adapter trained in {folder} does not fit the base model {base}. Name the model it was trained beside.")
+    return model.eval()
 
 
 # Writing
@@ -362,7 +453,15 @@ def write_checkpoint(
         extras: Writes further files into the folder.
         overwrite: Replace an existing folder.
         max_shard_bytes: How large a file of weights may grow; by default 5 GB.
+
+    Raises:
+        UserError: The weights hold what Adapter trained, which no Hugging Face model has.
     """
+    if (name := next(filter(is_new, weights), None)) is not None:
+        raise UserError(
+            f"The model has what Adapter trained beside it ({name!r}), which cannot be made a part of its weights. "
+            "Use the adapter's folder as it is."
+        )
     sees = config.family is not None and FAMILIES[config.family].wrappers
     whole = next((found for found in _origins(source, base) if is_whole(found, config)), None) if sees else None
     if whole is not None:

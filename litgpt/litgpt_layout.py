@@ -18,11 +18,20 @@ LITGPTS: list[Rule] = [
     *(same(f"{ATTENTION}.{x}_proj.*", f"{ATTENTION}.{x}.*") for x in ("q_a", "q_b", "kv_b")),
     same(f"{ATTENTION}.kv_a_proj_with_mqa.*", f"{ATTENTION}.kv_a.*"),
 ]
-OLDER = [interleaved_qkv(f"{ATTENTION}.attn.*", f"{ATTENTION}.qkv.*")]  # rows were ordered by query group
+ADAPTER_V2: list[Rule] = [
+    rule
+    for kind in ("adapter_bias", "adapter_scale")
+    for rule in (
+        stacked([f"{MLP}.experts.{{}}.{x}.{kind}" for x in ("fc_1", "fc_2")], f"{MLP}.experts.{kind.replace('_', '_up_')}", "n_expert"),
+        stacked(f"{MLP}.experts.{{}}.proj.{kind}", f"{MLP}.experts.{kind.replace('_', '_down_')}", "n_expert"),
+        *(same(f"{MLP}.shared_experts.{x}.{kind}", f"{MLP}.shared.{x}.{kind}") for x in ("fc_1", "fc_2", "proj")),
+    )
+]
+OLDER = [interleaved_qkv(f"{ATTENTION}.attn.{x}", f"{ATTENTION}.qkv.{x}") for x in ("*", "adapter_bias", "adapter_scale")]  # by query group
 
 
 def from_litgpt_names(weights: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights, or factors of LoRA, under our names; what has another name already keeps it.
+    """Yield weights, or what LoRA or Adapter v2 trains, under our names; what has another name already keeps it.
 
     Args:
         weights: Names and tensors as LitGPT, or an older version of it, stores them.
@@ -36,15 +45,16 @@ def from_litgpt_names(weights: Iterable[tuple[str, Tensor]], config: Config) -> 
         for name, tensor in weights:
             older = re.fullmatch(r"(.*\.attn)\.attn\.(.*)", name)
             if older is None:
-                yield name, tensor
+                gates = name.endswith(".gating_factor") and tensor.ndim == 4  # once (1, H, 1, 1)
+                yield name, tensor.reshape(1, 1, -1, 1) if gates else tensor
             elif older[2] in ("linear.weight", "linear.bias"):  # beside factors of LoRA
                 yield name.replace(".linear.", "."), tensor
-            elif older[2] in ("weight", "bias"):
+            elif older[2] in ("weight", "bias", "adapter_bias", "adapter_scale"):
                 yield name, tensor
             else:  # A is stacked by q, k, v in both layouts, and so is B
                 yield f"{older[1]}.qkv.{older[2]}", tensor
 
-    return _translated(renamed(), [*LITGPTS, *OLDER], config, to_ours=True)
+    return _translated(renamed(), [*LITGPTS, *ADAPTER_V2, *OLDER], config, to_ours=True)
 
 
 def to_litgpt_names(weights: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:

@@ -237,6 +237,14 @@ class CausalSelfAttention(nn.Module):
         return KeyValues.zeros(rows, groups, length, max(chunk, rewind), self.head_size, self.window, dtype, device)
 
     def forward(self, x: Tensor, context: Context, state: KeyValues | None = None) -> Tensor:
+        q, k, v = self.heads(x, context.rotations[self.turns])
+        if context.query_scale is not None:
+            q = q * context.query_scale
+        y = self.gathered(q, k, v, context, state).flatten(2)  # (B, T, H D)
+        return self.proj(y if self.gate is None else y * self.gate(x).sigmoid())  # (B, T, C)
+
+    def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, T, H, D), keys and values (B, T, G, D) of tokens (B, T, C), turned unless `rotation` is None."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, D)
         groups = heads.size(2) // (self.shares + 2)
         turning, v = heads.split((heads.size(2) - groups, groups), dim=2)
@@ -244,13 +252,14 @@ class CausalSelfAttention(nn.Module):
             turning = torch.cat(self._normed(*turning.split((self.shares * groups, groups), dim=2)), dim=2)
         if self.clip is not None:
             turning, v = turning.clamp(-self.clip, self.clip), v.clamp(-self.clip, self.clip)
-        if (rotation := context.rotations[self.turns]) is not None:
+        if rotation is not None:
             turning = rotated(turning, rotation, self.interleave)
         q, k = turning.split((self.shares * groups, groups), dim=2)
-        if context.query_scale is not None:
-            q = q * context.query_scale
-        y = attend(q, k, v, self.window, context, state, self.scale, self.softcap, self.sinks).flatten(2)  # (B, T, H D)
-        return self.proj(y if self.gate is None else y * self.gate(x).sigmoid())  # (B, T, C)
+        return q, k, v
+
+    def gathered(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: KeyValues | None) -> Tensor:
+        """Return what queries gather from the keys they see, (B, T, H, D). Adapter adds what they gather from its prefix."""
+        return attend(q, k, v, self.window, context, state, self.scale, self.softcap, self.sinks)
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.flat:
@@ -466,7 +475,15 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads, size))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, H, D)
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm whose weights may be of a wider type than its input, as they are where parts of a 16-bit model are trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if part is None else part.to(x.dtype) for part in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 GPT.block_class = Block
@@ -492,7 +509,7 @@ def new_norm(config: Config, there: bool = True, size: int | None = None) -> nn.
         return nn.Identity()
     if config.norm_class_name == "RMSNorm":
         return RMSNorm(size, config.norm_eps, config.norm_add_unit_offset)
-    return nn.LayerNorm(size, config.norm_eps, elementwise_affine=config.norm_affine, bias=config.norm_bias)
+    return LayerNorm(size, config.norm_eps, elementwise_affine=config.norm_affine, bias=config.norm_bias)
 
 
 def new_head_norm(config: Config, heads: int) -> nn.Module:

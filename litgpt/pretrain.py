@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from litgpt import names
 from litgpt.args import EvalArgs, LogArgs, OptimizerArgs, TrainArgs, to_plain
-from litgpt.checkpoint import copy_side_files, load_model, read_hyperparameters, write_checkpoint, write_config
+from litgpt.checkpoint import copy_side_files, load_model, read_hyperparameters, refuse_adapter, write_checkpoint, write_config
 from litgpt.config import Config, listing
 from litgpt.data import DataModule
 from litgpt.data.base import highest_id
@@ -217,6 +217,7 @@ def find_origin(
     """Return what the options say that a run begins with."""
     folder = find_checkpoint(initial_checkpoint_dir, needs_tokenizer=tokenizer_dir is None) if initial_checkpoint_dir is not None else None
     if folder is not None:
+        refuse_adapter(folder)
         config = Config.from_checkpoint(folder)
         check_name(model_name, config, folder)
         if train.tie_embeddings not in (None, config.tie_embeddings):

@@ -110,7 +110,7 @@ def quantize_model(model: GPT, kind: str, dtype: torch.dtype | None = None, devi
 
 def is_quantizable(name: str, layer: nn.Module) -> bool:
     """Say whether a model's layer of this name is quantized."""
-    return isinstance(layer, nn.Linear | Experts) and not f".{name}".endswith(WHOLE)
+    return isinstance(layer, nn.Linear | Experts) and not f".{name}".removesuffix(".linear").endswith(WHOLE)  # inside of Adapter v2's
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from litgpt.hardware import device_name
 from litgpt.launch import upload
 from litgpt.metrics import Journal, Meter, ProgressLine, profiled, report, summary, validation_values
 from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
+from litgpt.quantize import n_weights
 from litgpt.report import answers_in, write_report
 from litgpt.run_folder import DECIDE, changed_options, delete_old_steps, no_folder, remove_links, results_in, set_link
 from litgpt.run_state import latest_step, load_run_state, loss_scaler, save_run_state, saved_parameters
@@ -126,7 +127,7 @@ def check_finite(model: nn.Module, folder: Path) -> None:
 
 def described(model: nn.Module, precision: str) -> str:
     """Return what is trained, and in which number types."""
-    n_all = sum(parameter.numel() for parameter in model.parameters())
+    n_all = n_weights(model)
     n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if n_trained < n_all:
         return f"{n_trained:,} of {n_all:,} parameters in {precision}"

@@ -12,7 +12,7 @@ import yaml
 from lightning import LightningDataModule
 
 from litgpt import names
-from litgpt.checkpoint import base_of, has_lora, read_hyperparameters
+from litgpt.checkpoint import has_updates, named_base
 from litgpt.errors import MissingFile, UserError
 from litgpt.files import OURS, read_json
 from litgpt.run_state import latest_step
@@ -122,12 +122,8 @@ def _is_a_runs(folder: Path) -> bool:
 
 
 def _read_with(folder: Path) -> list[Path]:
-    """Return the folders that a checkpoint is read from: its own, and the base beside which its LoRA updates were trained."""
-    if not has_lora(folder):
-        return [folder]
-    if settings := read_json(folder / names.ADAPTER_CONFIG):
-        return [folder, base_of(folder, settings.get("base_model_name_or_path"))]
-    return [folder, base_of(folder, read_hyperparameters(folder).get("checkpoint_dir"))]
+    """Return the folders that a checkpoint is read from: its own, and the base beside which its updates were trained."""
+    return [folder, named_base(folder)] if has_updates(folder) else [folder]
 
 
 def write_options(folder: Path, options: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from litgpt.errors import MissingFile, UserError
 from litgpt.files import check_readable, indexed_files, is_file, read_json
 
 MAX_SHARD_SIZE = "5GB"
+NO_WEIGHTS = ("training_args.bin", names.ADAPTER_WEIGHTS, names.OWN_ADAPTER)  # which lie beside weights and are none
 UNITS = {"": 1, "B": 1} | {f"{letter}{end}": base**i for i, letter in enumerate("KMGT", 1) for end, base in (("B", 1000), ("IB", 1024))}
 TYPES = {  # what safetensors call them
     torch.float64: "F64",
@@ -102,7 +103,7 @@ def hf_weight_files(folder: Path) -> list[Path]:
             if missing := [file.name for file in files if not is_file(file)]:
                 raise MissingFile(f"{folder / index} names {missing[0]!r}, which is not there. Download the checkpoint again.")
             return files
-        found = sorted(path for path in folder.glob(pattern) if path.name not in ("training_args.bin", names.ADAPTER_WEIGHTS))
+        found = sorted(path for path in folder.glob(pattern) if path.name not in NO_WEIGHTS)
         if found:
             return [folder / single] if is_file(folder / single) else found
     return []

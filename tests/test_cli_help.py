@@ -72,11 +72,11 @@ def test_without_a_name_the_data_sets_are_listed(capsys):
 
 @pytest.mark.parametrize(
     "name, hint",
-    [("Jsn", " Did you mean 'JSON'?"), ("DataModule", ""), ("nowhere.Data", ""), ("litgpt.data.Alpca", " Did you mean 'Alpaca'?")],
+    [("Jsn", " Did you mean 'JSON'?"), ("DataModule", ""), ("nowhere.Zzz", ""), ("litgpt.data.Alpca", " Did you mean 'Alpaca'?")],
 )
 def test_a_misspelt_data_set_gets_the_list_and_the_nearest(capsys, name, hint):
     assert cli.main(["finetune", "--data.help", name]) == 2
-    message = "`--data.help` wants one of Alpaca, JSON, TextFiles, or the import path of a data set, but got"
+    message = f"`--data.help` wants one of {', '.join(cli.data_names())}, or the import path of a data set, but got"
     assert capsys.readouterr() == ("", f"litgpt: {message} {name!r}.{hint}\n")
 
 

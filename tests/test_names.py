@@ -373,33 +373,15 @@ CALLS: dict[str, dict[str, Any]] = {  # the arguments of functions, with their d
 
 LATER = {  # what stands here speaks for its parts too: a command for its flags, a module for its names
     # commands
-    "finetune_adapter",
-    "finetune_adapter_v2",
-    "generate_full",
-    "generate_adapter",
-    "generate_adapter_v2",
     "generate_sequentially",
     "generate_speculatively",
     "generate_tp",
     "convert_pretrained_checkpoint",
     # their modules
-    "litgpt.adapter",
-    "litgpt.adapter_v2",
-    "litgpt.finetune.adapter",
-    "litgpt.finetune.adapter_v2",
-    "litgpt.generate.full",
-    "litgpt.generate.adapter",
-    "litgpt.generate.adapter_v2",
     "litgpt.generate.sequentially",
     "litgpt.generate.tp",
     "litgpt.generate.speculative_decoding",
     "litgpt.scripts.convert_pretrained_checkpoint",
-    # quantized layers
-    "chat quantize",
-    "finetune quantize",
-    "finetune_lora quantize",
-    "generate quantize",
-    "serve quantize",
     "serve generate_strategy",
     # layers of further families
     "litgpt.model.MultiheadLatentAttention",
@@ -420,7 +402,7 @@ LATER = {  # what stands here speaks for its parts too: a command for its flags,
     "extensions/xla/finetune/adapter.py",
     "extensions/xla/scripts/prepare_alpaca.py",
 }
-WRAPPED = "LoRA wraps the layers of the one model, whose classes are in litgpt.model"
+WRAPPED = "LoRA and Adapter V2 wrap the layers of the one model, whose classes are in litgpt.model"
 ONE_CACHE = "litgpt.cache owns what layers remember: GPT.new_cache makes one"
 ONE_ROPE = "litgpt.rope has the tables of a call and turns by them"
 STEPS = "both training scripts count optimizer steps, so that nothing is left to convert"
@@ -431,6 +413,7 @@ NOT_KEPT = {
     "litgpt.types": "the type stands in the one signature that uses it",
     "litgpt.constants": "which packages are there is asked where they are used",
     **{f"litgpt.lora.{name}": WRAPPED for name in ("Block", "CausalSelfAttention", "GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE")},
+    **{f"litgpt.adapter_v2.{name}": WRAPPED for name in ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE")},
     **{f"litgpt.lora.{name}": WRAPPED for name in ("LoRALayer", "LoRAQKVLinear", "create_lora_linear")},
     "litgpt.model.KVCache": ONE_CACHE,
     "litgpt.model.batched_index_select": ONE_CACHE,
@@ -466,6 +449,7 @@ TUNING = ("finetune", "finetune_lora", "finetune_full", "finetune_adapter", "fin
 TRAINING = (*TUNING, "pretrain")
 WARM_UP = "null means the smaller of 100 and a tenth of the steps, so that short runs reach their peak"
 END = "null means a tenth of the peak, whatever the peak is"
+FOLDER = "a run writes a folder, and LitGPT's default names a file that none of its scripts writes"
 CLIPPED = "gradients are clipped unless one says null"
 CHANGED: dict[str, tuple[Any, str]] = {  # our default, and why
     "download convert_checkpoint": (None, "a checkpoint is read as it is: the flag is accepted with a notice"),
@@ -485,6 +469,9 @@ CHANGED: dict[str, tuple[Any, str]] = {  # our default, and why
     "litgpt.args.TrainArgs(lr_warmup_steps)": (None, WARM_UP),
     "litgpt.args.TrainArgs(max_norm)": (1.0, CLIPPED),
     "litgpt.args.TrainArgs(min_lr)": (None, END),
+    "generate_full finetuned_path": ("out/finetune/full/final", FOLDER),
+    "generate_adapter adapter_path": ("out/finetune/adapter/final", FOLDER),
+    "generate_adapter_v2 adapter_path": ("out/finetune/adapter-v2/final", FOLDER),
     "litgpt.api.Preprocessor(device)": ("cpu", "it may be left out where there is one device"),
 }
 

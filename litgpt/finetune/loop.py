@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.args import EvalArgs, LogArgs, OptimizerArgs, TrainArgs, to_plain
-from litgpt.checkpoint import copy_side_files, load_model, write_config
+from litgpt.checkpoint import copy_side_files, load_model, refuse_adapter, write_config
 from litgpt.config import Config
 from litgpt.data import Alpaca, DataModule
 from litgpt.data.packing import PackedSamples, Sample
@@ -161,7 +161,7 @@ def finetune(
     limits = Limits.of(train, len(samples), mean_length(samples))
     shown = samples_to_show(samples, val_samples, eval)
 
-    model, base, initial = prepared_model(method, folder, train, precision, seed)
+    model, base, initial = prepared_model(method, folder, train, precision, seed, fabric.device)
     size, flops = described(model, precision), flops_per_token(model, samples)
     if compile:
         compile_blocks(model, dynamic=None)  # the first steps show which lengths differ
@@ -243,17 +243,20 @@ def find_base(checkpoint_dir: Path, access_token: str | None) -> Path:
     folder = find_checkpoint(checkpoint_dir, access_token=access_token)
     if (folder / names.ADAPTER_CONFIG).is_file() and not (folder / names.CONFIG).is_file():
         raise UserError(f"{folder} holds the updates of a model, not a model. Merge them first: litgpt merge_lora {folder}")
+    refuse_adapter(folder)
     return folder
 
 
-def prepared_model(method: Method, folder: Path, train: TrainArgs, precision: str, seed: int) -> tuple[GPT, Base, str]:
+def prepared_model(
+    method: Method, folder: Path, train: TrainArgs, precision: str, seed: int, device: torch.device
+) -> tuple[GPT, Base, str]:
     """Return the model with what the method trains of it, where it came from, and what identifies its weights."""
     model = load_model(folder)
     check_finite(model, folder)
     base, initial = Base(folder, model.config, model.transformer.wte.weight.dtype), fingerprint(model)
     check_ties(train, base.config)
     if method.quantize is not None:
-        quantize_model(model, method.quantize, PRECISIONS[precision].frozen)
+        quantize_model(model, method.quantize, PRECISIONS[precision].frozen, device)
     method.prepare(model, seed)
     cast_parameters(model, precision)
     model.expert_balance = train.expert_balance or 0.0

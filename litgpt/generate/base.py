@@ -21,6 +21,7 @@ from litgpt.generate.run import Speaker, load, note
 from litgpt.generate.sampling import RowState, draw, probabilities
 from litgpt.hardware import peak_memory_gb
 from litgpt.model import GPT
+from litgpt.quantize import Quantize
 
 PROMPT = "What food do llamas eat?"
 
@@ -46,7 +47,7 @@ def main(
     stop: str | list[str] | None = None,
     logprobs: int | None = None,
     schema: Path | None = None,
-    quantize: str | None = None,
+    quantize: Quantize | None = None,
     precision: str | None = None,
     compile: bool = False,
     access_token: str | None = None,
@@ -83,7 +84,8 @@ def main(
         stop: A text that ends the answer and is no part of it, or a list of several: '["END", "STOP"]'.
         logprobs: Also tell how likely each token was, as natural logarithms, and so many of the likeliest tokens at its place.
         schema: A file with a JSON schema. The answer is JSON that obeys it, if `max_new_tokens` are enough.
-        quantize: Not supported yet.
+        quantize: Hold the model's weights in 4 bits (bnb.nf4, a little worse: bnb.fp4), with `-dq` in a bit less still, or in 8 (bnb.int8).
+            Takes less memory, and often more time. 4 bits need the package of `pip install -e '.[all]'`.
         precision: The type of weights and computation: 32-true, bf16-true or 16-true. By default the one that is fast on this machine.
             bf16-mixed and 16-mixed, which differ in training, mean bf16-true and 16-true here.
         compile: Whether to compile the model. Takes a while at the start, and then each token less.
@@ -106,7 +108,7 @@ def main(
     options.row()  # mistakes are told before the model is loaded
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" and prompts is None else prompt
     lines = [] if prompts is None else read_lines(prompts)
-    results = Results(out, made_by=[str(checkpoint_dir), str(adapter), str(precision)])
+    results = Results(out, made_by=[str(checkpoint_dir), str(adapter), str(precision), *([quantize] if quantize else [])])
     start = perf_counter()
     speaker = load(checkpoint_dir, quantize=quantize, precision=precision, compile=compile, access_token=access_token, adapter=adapter)
     note(f"Loaded {speaker.folder} in {perf_counter() - start:.2f} seconds.")

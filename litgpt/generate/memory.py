@@ -73,7 +73,8 @@ def _memory_gb(model: GPT, rows: int, length: int, chunk: int, rewind: int) -> t
     weight = model.transformer.wte.weight
     states = [block.new_state(rows, length, chunk, rewind, weight.dtype, torch.device("meta")) for block in model.transformer.h]
     needed = rows * sum(part.nbytes for state in states if state is not None for part in state.parts(0, length)) / GB
-    return needed, sum(parameter.nbytes for parameter in model.parameters()) / GB, device_memory_gb(weight.device)
+    taken = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))  # quantized weights are buffers
+    return needed, taken / GB, device_memory_gb(weight.device)
 
 
 def room(n_prompt: int, max_new_tokens: int, context: int) -> int:

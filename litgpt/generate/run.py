@@ -3,7 +3,10 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from litgpt.checkpoint import described_by, find_adapter, load_model
 from litgpt.errors import UserError
@@ -12,6 +15,7 @@ from litgpt.generate.memory import compile_blocks
 from litgpt.hardware import compute_dtype, find_device, products_dtype
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, encode_prompt, find_prompt_style, with_own_style
+from litgpt.quantize import check_quantize, quantize_model
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 
@@ -49,23 +53,41 @@ def load(
 
     Args:
         checkpoint_dir: A folder, or a name, see DESIGN "Checkpoint arguments".
-        quantize: Must be None, until there are quantized layers.
+        quantize: In how few bits to hold the weights, see `litgpt.quantize`.
         precision: The type of weights and products; by default the one that is fast here.
         compile: Whether to compile the model's blocks.
         access_token: For a model that has to be downloaded.
         adapter: A folder of LoRA updates to add to the model's weights.
         accelerator: Which device, see `hardware.find_device`.
     """
-    check_quantize(quantize)
     dtype = compute_dtype(accelerator) if precision is None else products_dtype(precision)
     device, updates = find_device(accelerator), find_adapter(adapter)
+    check_quantize(quantize, device)
     folder = find_checkpoint(checkpoint_dir, access_token=access_token)
     tokenizer = Tokenizer(described_by(folder))
-    model = load_model(folder, dtype=dtype, device=device, adapter=updates)
+    model = load_weights(folder, dtype, device, updates, quantize)
     if compile:
         compile_blocks(model)
     style = find_prompt_style(with_own_style(updates, folder), tokenizer, config=model.config)
     return Speaker(folder, model, tokenizer, style)
+
+
+def load_weights(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, adapter: Path | None = None, quantize: str | None = None
+) -> GPT:
+    """Return the model of a folder on a device.
+
+    Args:
+        folder: See `load_model`.
+        dtype: Of weights and products.
+        device: Where to put the model.
+        adapter: A folder of LoRA updates to add to the model's weights, before those are quantized.
+        quantize: In how few bits to hold the weights.
+    """
+    if quantize is None:
+        return load_model(folder, dtype=dtype, device=device, adapter=adapter)
+    quantized = partial(quantize_model, kind=quantize, dtype=dtype, device=device)
+    return load_model(folder, adapter=adapter, prepare=quantized)  # whole on the CPU, where what is only mapped from disk takes no memory
 
 
 def prompt_ids(
@@ -85,12 +107,6 @@ def prompt_ids(
             if not isinstance(message.get(key), str):
                 raise UserError(f"Message {i} needs a text as its `{key}`, but has {message.get(key)!r}.")
     return encode_prompt(style, tokenizer, prompt, sys_prompt=sys_prompt)
-
-
-def check_quantize(quantize: str | None) -> None:
-    """Refuse what cannot be done yet."""
-    if quantize is not None:
-        raise UserError(f"`quantize` {quantize!r} is not supported yet. Leave it out, or save memory with a 16-bit `precision`.")
 
 
 def stop_tokens(style: PromptStyle, tokenizer: Tokenizer) -> list[list[int]]:

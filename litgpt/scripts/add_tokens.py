@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from litgpt import names
-from litgpt.checkpoint import described_by, load_model, write_checkpoint
+from litgpt.checkpoint import described_by, load_model, refuse_adapter, write_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import read_json, read_text
 from litgpt.scripts.download import find_checkpoint
@@ -51,6 +51,7 @@ def add_tokens(
         raise UserError(f"`padding_multiple` is at least 1, but got {padding_multiple}.")
     n_bytes, new = shard_bytes(max_shard_size), [*(tokens or []), *(lines_of(tokens_file) if tokens_file is not None else [])]
     folder = find_checkpoint(checkpoint_dir)
+    refuse_adapter(folder)
     described = described_by(folder)
     processor, n_old, ids = extended(described, new, special)
     model = load_model(folder)

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from litgpt import names
-from litgpt.checkpoint import DTYPES, load_model
+from litgpt.checkpoint import DTYPES, load_model, refuse_adapter
 from litgpt.errors import UserError, did_you_mean, disk_error
 from litgpt.litgpt_layout import to_litgpt_names
 from litgpt.scripts.download import find_checkpoint
@@ -31,6 +31,7 @@ def convert_hf_checkpoint(
     if model_name is not None:
         print("--model_name is not needed: the architecture is read from the checkpoint.")
     folder = find_checkpoint(checkpoint_dir, needs_tokenizer=False)
+    refuse_adapter(folder)
     model = load_model(folder, DTYPES.get(dtype))
     weights = dict(to_litgpt_names(model.state_dict().items(), model.config))
     if debug_mode:

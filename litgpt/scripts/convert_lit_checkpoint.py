@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from litgpt import names
-from litgpt.checkpoint import check_side_files, described_by, load_model, write_checkpoint
+from litgpt.checkpoint import check_side_files, described_by, load_model, refuse_adapter, write_checkpoint
 from litgpt.errors import UserError
 from litgpt.files import is_file
 from litgpt.prompts import has_prompt_style, load_prompt_style, save_stop_tokens
@@ -25,6 +25,7 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path, max_shard_siz
     """
     n_bytes = shard_bytes(max_shard_size)
     folder = find_checkpoint(checkpoint_dir, needs_tokenizer=False)
+    refuse_adapter(folder)
     source = described_by(folder)
     check_side_files(source)
     model = load_model(folder)

@@ -184,7 +184,7 @@ def missing_part(folder: Path, config: bool = True, weights: bool = True, tokeni
     Args:
         folder: The folder.
         config: Whether it needs the description of an architecture.
-        weights: Whether it needs weights or LoRA updates.
+        weights: Whether it needs weights, or what was trained beside those of another.
         tokenizer: Whether it needs a tokenizer.
     """
 
@@ -199,7 +199,7 @@ def missing_part(folder: Path, config: bool = True, weights: bool = True, tokeni
         for index in filter(is_file, (folder / names.SAFETENSORS_INDEX, folder / names.BIN_INDEX)):
             lost = [file for file in indexed_files(index) if not has(file)]
             return f"{lost[0]}, which {index.name} names" if lost else missing_part(folder, False, False, tokenizer)
-        own = (names.LIT_WEIGHTS, names.LIT_LORA, f"{names.RUN_STATE}/{names.STATE}")
+        own = (names.LIT_WEIGHTS, names.LIT_LORA, names.LIT_ADAPTER, names.LIT_ADAPTER_V2, f"{names.RUN_STATE}/{names.STATE}")
         if not has(*own) and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             return f"weights: {names.SAFETENSORS} (or *.bin, or LitGPT's {names.LIT_WEIGHTS})"
     if tokenizer and not has(names.TOKENIZER_JSON, names.TOKENIZER_MODEL):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from litgpt import names
-from litgpt.checkpoint import described_by, load_model
+from litgpt.checkpoint import described_by, load_model, refuse_adapter
 from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean, disk_error, optional
 from litgpt.files import cannot_read, cannot_write, sync
@@ -64,6 +64,7 @@ def export_gguf(checkpoint_dir: Path, output: Path, dtype: str | None = None) ->
     _check_free(output)
     optional("gguf", "gguf")
     folder = find_checkpoint(checkpoint_dir)
+    refuse_adapter(folder)
     source = described_by(folder)
     architecture = _architecture_of(Config.from_checkpoint(source))
     model = load_model(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from litgpt import names
-from litgpt.checkpoint import check_side_files, copy_side_files, has_lora, load_lora, write_checkpoint
+from litgpt.checkpoint import check_side_files, copy_side_files, has_lora, load_lora, refuse_adapter, write_checkpoint
 from litgpt.errors import MissingFile, UserError
 from litgpt.files import is_file, is_folder, read_yaml
 from litgpt.hardware import products_dtype
@@ -36,6 +36,7 @@ def merge_lora(
     folder = folder.absolute() if folder is not None else None
     if folder is None:
         raise MissingFile(f"There is no folder {str(checkpoint_dir)!r}, neither here nor in {names.CHECKPOINTS}/.")
+    refuse_adapter(folder)
     if not has_lora(folder):
         if plain_files(folder) and was_trained_with_lora(folder):
             print(f"The LoRA weights of {folder} are merged already.")

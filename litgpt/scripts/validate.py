@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from litgpt import names
-from litgpt.checkpoint import described_by, has_lora, load_model
+from litgpt.checkpoint import described_by, has_adapter, has_updates, load_model
 from litgpt.config import Config
 from litgpt.dequantize import dequantized
 from litgpt.errors import MissingFile, UserError
@@ -205,8 +205,8 @@ def _found(folder: Path, model_filename: str) -> str:
     files, problems, _ = _listed(folder, model_filename)
     if problems:
         raise UserError(" ".join(problems))
-    if not files and has_lora(folder):
-        return "LoRA updates of another model."
+    if not files and has_updates(folder):
+        return "what Adapter trained beside another model." if has_adapter(folder) else "LoRA updates of another model."
     layout = "a step of a run" if not files else "LitGPT's layout" if files[0].suffix == ".pth" else "Hugging Face's layout"
     files = files or step_files(folder)
     return f"{layout}, {len(files)} file{'s' * (len(files) != 1)} of weights, {amount(sum(file.stat().st_size for file in files))}."
@@ -238,7 +238,7 @@ def check_weights(folder: Path, config: Config, model_filename: str = names.LIT_
         UserError: Names everything that is wrong.
     """
     files, problems, weight_map = _listed(folder, model_filename)
-    if not files and not problems and has_lora(folder):
+    if not files and not problems and has_updates(folder):
         model = load_model(folder)  # which checks updates and base against each other
         return f"the updates fit their base, {len(model.state_dict())} weights in all."
     stored: dict[str, Tensor] = {}
@@ -334,6 +334,9 @@ def _some(what: str, found: Iterable[str]) -> list[str]:
     return [f"{what} {', '.join(map(repr, found[:SHOWN]))}{more}."] if found else []
 
 
+UPDATES = (names.ADAPTER_WEIGHTS, names.LIT_LORA, names.OWN_ADAPTER, names.LIT_ADAPTER_V2)  # files with what was trained beside a model
+
+
 def _check_values(result: CheckpointValidationResult, folder: Path, model_filename: str, values: bool) -> None:
     """Read all weights and look for numbers that are not finite, if that is asked for."""
     if not values:
@@ -341,7 +344,7 @@ def _check_values(result: CheckpointValidationResult, folder: Path, model_filena
         return
     with result.step("values") as said:
         files, _, _ = _listed(folder, model_filename)
-        files = files or list(filter(is_file, (folder / names.ADAPTER_WEIGHTS, folder / names.LIT_LORA)))
+        files = files or list(filter(is_file, (folder / name for name in UPDATES)))
         held = (pair for file in files for pair in read_file(file)) if files else read_step(step_files(folder))
         bad = [name for name, tensor in held if tensor.is_floating_point() and not torch.isfinite(_wide(tensor)).all()]
         if bad:

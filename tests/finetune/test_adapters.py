@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from finetune.run_and_kill import run_and_kill, run_on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from speaking import make_tokenizer
 from tiny import tiny_config
 from torch import Tensor
@@ -26,6 +26,7 @@ from litgpt.generate import full as generate_full
 from litgpt.generate.run import load
 from litgpt.model import GPT
 from litgpt.prompts import Alpaca
+from litgpt.quantize import is_quantized
 
 METHODS = {"adapter": adapter, "adapter_v2": adapter_v2, "full": full}
 COMMANDS = {"adapter": generate_adapter, "adapter_v2": generate_adapter_v2, "full": generate_full}
@@ -156,6 +157,7 @@ def test_every_command_takes_the_folder_in_the_place_of_a_model(
 def test_what_cannot_be_merged_is_refused_in_one_sentence(runs, tmp_path: Path, method: str, capsys):
     final = runs[method] / "final"
     commands = [["convert_from_litgpt", str(final), str(tmp_path / "out")], ["merge_lora", str(final)]]
+    commands += [["convert_to_litgpt", str(final)], ["export_gguf", str(final), str(tmp_path / "model.gguf")]]
     commands += [["add_tokens", str(final), "--out_dir", str(tmp_path / "out"), "--tokens", '["<new>"]']]
     for words in commands:
         assert cli.main(words) == 2, words
@@ -180,6 +182,46 @@ def test_an_adapter_of_another_model_is_refused(runs, base: Path, tmp_path: Path
     for method in BOTH:
         with pytest.raises(UserError, match="does not fit the base model"):
             load_model(tmp_path / "other", adapter=runs[method] / "final")
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_a_base_in_four_bits_keeps_its_adapter_in_fp32_and_its_head_plain(runs, method: str):
+    speaker, plain = load(runs[method] / "final", quantize="bnb.nf4", precision="bf16-true"), load(runs[method] / "final")
+    assert is_quantized(speaker.model)
+    head = speaker.model.lm_head
+    assert type(getattr(head, "linear", head)) is type(getattr(plain.model.lm_head, "linear", plain.model.lm_head))
+    assert {parameter.dtype for name, parameter in speaker.model.named_parameters() if is_new(name)} == {torch.float32}
+    with torch.inference_mode():
+        logits, expected = speaker.model(IDS).float(), plain.model(IDS).float()
+    assert torch.cosine_similarity(logits, expected, dim=-1).min() > 0.9
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_a_base_can_be_held_in_four_bits_while_its_adapter_is_trained(base: Path, samples: Path, tmp_path: Path, method: str):
+    METHODS[method].setup(base, quantize="bnb.nf4", **arguments(samples, tmp_path / "out", max_steps=2))
+    assert (logits_of(tmp_path / "out" / "final") - logits_of(base)).abs().max() > 0
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_no_run_begins_with_what_an_adapter_holds(runs, samples: Path, tmp_path: Path, method: str):
+    with pytest.raises(UserError, match="what Adapter trained beside a model"):
+        METHODS[method].setup(runs[method] / "final", **arguments(samples, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_validate_checks_an_adapter_against_its_base(runs, tmp_path: Path, method: str, capsys):
+    final = shutil.copytree(runs[method] / "final", tmp_path / "final")
+    assert cli.main(["validate", str(final), "--check_values", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "what Adapter trained beside another model" in out and "the updates fit their base" in out
+    stored = load_file(final / names.OWN_ADAPTER)
+    stored["transformer.h.2.attn.gating_factor"][0, 0, 0, 0] = torch.nan
+    save_file(stored, final / names.OWN_ADAPTER)
+    assert cli.main(["validate", str(final), "--check_values", "true"]) == 2
+    assert "'transformer.h.2.attn.gating_factor' hold numbers that are not finite" in "".join(capsys.readouterr())
+    save_file({name: tensor for name, tensor in stored.items() if "gating" not in name}, final / names.OWN_ADAPTER)
+    assert cli.main(["validate", str(final)]) == 2
+    assert "does not fit the base model" in "".join(capsys.readouterr())
 
 
 # Commands that only answer
