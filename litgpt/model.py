@@ -254,6 +254,7 @@ class CausalSelfAttention(nn.Module):
             turning, v = turning.clamp(-self.clip, self.clip), v.clamp(-self.clip, self.clip)
         if rotation is not None:
             turning = rotated(turning, rotation, self.interleave)
+            v = v.contiguous() if torch.is_grad_enabled() else v  # a view would keep all of qkv for the backward pass
         q, k = turning.split((self.shares * groups, groups), dim=2)
         return q, k, v
 
