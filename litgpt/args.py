@@ -50,7 +50,8 @@ class TrainArgs:
     keep_last: int | None = None
     """How many saved steps to keep; older ones are deleted, but never one that `best` or `last` names. By default all are kept."""
     expert_balance: float | None = None
-    """How much a loss counts that spreads tokens evenly over experts. By default 0.001 in pretraining a model that has some, else 0."""
+    """How much a loss counts that spreads tokens evenly over experts. By default 0.001 in pretraining a model that has some, else 0.
+    It is computed for each microbatch, so it alone depends on `micro_batch_size`."""
 
 
 @dataclass
@@ -88,11 +89,11 @@ class LogArgs:
     teamspace: str | None = None
     """The teamspace (litlogger)."""
     metadata: dict[str, Any] | None = None
-    """More facts to store with the run (litlogger)."""
+    """More facts to store with the run (wandb, mlflow, litlogger)."""
     checkpoint_name: str | None = None
-    """The name for logged checkpoints (litlogger)."""
+    """What the uploaded model is called (wandb, mlflow, litlogger)."""
     log_model: bool = False
-    """Whether to upload checkpoints too."""
+    """Whether to upload `final` too."""
     save_logs: bool = True
     """Whether to upload the console's output too (litlogger)."""
 

@@ -23,9 +23,10 @@ from torch.optim import Optimizer
 
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.attention import Segments
-from litgpt.data.packing import Microbatch, Sample, end_to_end, evened, microbatches_of, pack, padded
+from litgpt.data.packing import Microbatch, Sample, end_to_end, evened, microbatches_of, pack, padded, without_padding
 from litgpt.errors import UserError
 from litgpt.loss import IGNORED, Loss
+from litgpt.model import GPT
 from litgpt.optim import FirstNonFinite, clip_gradients, set_learning_rate
 from litgpt.run_state import loss_scaler
 
@@ -271,9 +272,16 @@ def forward_backward(fabric: Fabric, model: nn.Module, microbatches: Sequence[Mi
 
 def _loss(fabric: Fabric, model: nn.Module, microbatch: Microbatch) -> Loss:
     """Return what the model says to a microbatch. Its targets stay on the CPU, where `token_nll` counts them without waiting for a GPU."""
+    if _sees_padding(getattr(model, "module", model)):
+        microbatch = without_padding(microbatch)
     ids = microbatch.ids.to(fabric.device, non_blocking=True)
     packed = {} if microbatch.lengths is None else {"segments": Segments(microbatch.lengths, fabric.device)}
     return model(ids, targets=microbatch.targets, **packed)
+
+
+def _sees_padding(model: nn.Module) -> bool:
+    """Say whether padding behind a text changes what is learned from it: how long the row is, or where experts get their tokens from."""
+    return isinstance(model, GPT) and (model.rope.depends_on_length or model.expert_balance > 0)
 
 
 def take_step(

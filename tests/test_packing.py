@@ -4,6 +4,7 @@ import pickle
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,38 @@ def test_length_dependent_angles_are_those_of_each_text_alone():
     texts = [torch.randint(90, (1, n)) for n in (10, 12)]  # together they are longer than what the model was trained on
     packed = model(torch.cat(texts, 1), segments=Segments([10, 12]))[0]
     torch.testing.assert_close(packed, torch.cat([model(ids)[0] for ids in texts]), rtol=1e-5, atol=1e-5)
+
+
+def gradient_of(model: GPT, microbatches: list) -> tuple[float, torch.Tensor]:
+    fabric = launch_fabric(accelerator="cpu")
+    wrapped, n_targets = fabric.setup_module(model), sum(int((batch.targets != IGNORED).sum()) for batch in microbatches)
+    loss = training.forward_backward(fabric, wrapped, microbatches, n_targets).item()
+    known = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return loss, torch.cat([gradient.flatten() for gradient in known])
+
+
+def test_padding_does_not_lengthen_a_text_whose_angles_depend_on_its_length():
+    factors = dict(short_factor=[1.5, 2.5], long_factor=[4.0, 7.0], original_max_seq_len=16)
+    config = tiny_config("phi3", rope_adjustments=factors)
+    samples = [text(n, seed=n) for n in (5, 10, 30)]
+    (loss, gradients), (expected, alone) = (gradient_of(random_model(config), microbatches_of(samples, size)) for size in (3, 1))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert (gradients - alone).norm() < 1e-5 * alone.norm()
+    fabric, train = launch_fabric(accelerator="cpu"), TrainArgs(micro_batch_size=3, packing=False)
+    losses = [
+        training.validate(fabric, fabric.setup_module(random_model(config)), training.validation_microbatches(fabric, samples, how))
+        for how in (train, replace(train, micro_batch_size=1))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_experts_are_balanced_by_the_tokens_of_texts_and_not_by_padding():
+    samples, found = [text(n, seed=n) for n in (3, 4, 30)], []
+    for batch in (padded(samples), end_to_end(samples)):
+        model = random_model(tiny_config("mixtral"))
+        model.expert_balance = 10.0
+        found.append(gradient_of(model, [batch])[1])
+    assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
 
 
 # Back ends

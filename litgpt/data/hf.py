@@ -2,6 +2,7 @@
 
 import logging
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,6 +89,8 @@ class HF(SFTModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.repo_id.strip():
+            raise UserError("`repo_id` is empty. Name a data set of the hub, as ORG/NAME, or a local folder.")
         self._token, self.access_token = self.access_token, None  # a run writes down the arguments of its data set
         if self.val_split is not None and self.val_split_fraction is not None:
             raise UserError(
@@ -232,7 +235,9 @@ def clear_errors(repo_id: str) -> Iterator[None]:
             raise MissingFile(f"{_sentence(error)} Leave `--data.revision` out for the newest.") from None
         missing = f"There is no file or folder {repo_id}, and no such data set on the hub that is open to all."
         raise MissingFile(f"{missing} If it is private, {token}.") from None
-    except (datasets.DatasetsError, hub.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except StopIteration:  # what `datasets` says to a file without a record
+        raise UserError(f"The data set {repo_id} cannot be read: it has an empty file.") from None
+    except (datasets.DatasetsError, hub.HTTPError, OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
         while isinstance(error, datasets.DatasetsError) and error.__cause__ is not None:  # which says what went wrong
             error = error.__cause__
         if isinstance(error, ConnectionError | hub.HTTPError | hub.LocalEntryNotFoundError) and not Path(repo_id).exists():

@@ -196,6 +196,8 @@ def read_csv(path: Path) -> Read:
                 continue
             if header is None:
                 header = [name.strip() for name in row]
+                if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+                    raise UserError(f"{path} has {mark!r} between its columns. Save it with commas.")
                 if len(set(header)) < len(header):
                     raise UserError(f"{path} names a column twice in its first line: {', '.join(header)}. Rename one.")
                 continue
@@ -264,10 +266,12 @@ def _reader(path: Path) -> Callable[[Path], Read]:
 
 
 def _find(folder: Path, name: str) -> Path:
-    for suffix in SUFFIXES:
-        for compressed in ("", *COMPRESSED):
-            if (file := folder / f"{name}{suffix}{compressed}").is_file():
-                return file
+    possible = (folder / f"{name}{suffix}{compressed}" for suffix in SUFFIXES for compressed in ("", *COMPRESSED))
+    found = [file for file in possible if file.is_file()]
+    if len(found) > 1:
+        raise UserError(f"The folder {folder} has {' and '.join(file.name for file in found)}, of which one would be left out. Keep one.")
+    if found:
+        return found[0]
     raise MissingFile(f"The folder {folder} has no {_any_of([name + suffix for suffix in SUFFIXES])}. It must hold a train and a val file.")
 
 

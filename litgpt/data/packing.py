@@ -20,6 +20,7 @@ class Microbatch(NamedTuple):
     targets: Tensor  # (B, T), the id that follows each; -100 does not count
     n_tokens: int = 0  # without padding
     lengths: list[int] | None = None  # of the texts that are laid end to end, where B is 1; None if each row is one
+    unpadded: list[int] | None = None  # how long each row is without padding; None if there is none
 
 
 def microbatches_of(
@@ -44,8 +45,9 @@ def microbatches_of(
 def padded(samples: Sequence[Sample]) -> Microbatch:
     """Return samples as one microbatch, a row each: targets are what follows, and shorter samples are padded on the right."""
     ids, targets = zip(*(pair for sample in samples for pair in _shifted(sample)), strict=True)
-    batch = pad_sequence(ids, batch_first=True).long()
-    return Microbatch(batch, pad_sequence(targets, batch_first=True, padding_value=IGNORED).long(), sum(map(len, ids)))
+    batch, lengths = pad_sequence(ids, batch_first=True).long(), list(map(len, ids))
+    unpadded = lengths if min(lengths) < max(lengths) else None
+    return Microbatch(batch, pad_sequence(targets, batch_first=True, padding_value=IGNORED).long(), sum(lengths), unpadded=unpadded)
 
 
 def end_to_end(samples: Sequence[Sample]) -> Microbatch:
@@ -53,6 +55,14 @@ def end_to_end(samples: Sequence[Sample]) -> Microbatch:
     ids, targets = zip(*(pair for sample in samples for pair in _shifted(sample)), strict=True)
     row = torch.cat(ids).long().unsqueeze(0)
     return Microbatch(row, torch.cat(targets).long().unsqueeze(0), row.numel(), list(map(len, ids)))
+
+
+def without_padding(microbatch: Microbatch) -> Microbatch:
+    """Return the same texts end to end in one row, if some are padded."""
+    if microbatch.unpadded is None:
+        return microbatch
+    ids, targets = (torch.cat([row[:n] for row, n in zip(rows, microbatch.unpadded, strict=True)]) for rows in microbatch[:2])
+    return Microbatch(ids.unsqueeze(0), targets.unsqueeze(0), microbatch.n_tokens, microbatch.unpadded)
 
 
 def evened(microbatches: list[Microbatch], n_microbatches: int) -> list[Microbatch]:

@@ -18,6 +18,8 @@ from litgpt.config import Config
 from litgpt.data import Alpaca, DataModule
 from litgpt.data.packing import PackedSamples, Sample
 from litgpt.errors import UserError
+from litgpt.finetune.plan import make_plan, recomputed_blocks, stored_dtype
+from litgpt.finetune.plan import text as plan_text
 from litgpt.generate.decode import complete
 from litgpt.generate.memory import compile_blocks
 from litgpt.generate.run import stop_tokens
@@ -117,7 +119,7 @@ def finetune(
         out_dir: Where to write. `final/` becomes a complete Hugging Face folder, `step-N/` holds what a run needs to go on after
             step N, and `logs/` the logged values. A folder that already holds a run is refused.
         precision: The number types to train in: `32-true`, `bf16-mixed` (weights in fp32, products in bf16), `bf16-true` (weights in
-            bf16; what is trained beside frozen ones stays in fp32) or `16-mixed` (GPUs only). By default what this machine is fast
+            bf16; what is trained beside frozen ones stays in fp32), or on GPUs `16-mixed` and `16-true`. By default what this machine is fast
             in: fp32 where its processor does not multiply bf16.
         devices: How many devices to train on, or `auto` for all GPUs.
         num_nodes: How many machines take part.
@@ -144,24 +146,30 @@ def finetune(
     precision = training_precision(precision, any_frozen=method.freezes)
     out_dir = run_folder(out_dir)
     resumed = None if dry_run else step_to_resume(out_dir, resume, overwrite)
-    folder = find_base(checkpoint_dir, access_token)
+    folder = find_base(checkpoint_dir, access_token, needs_weights=not dry_run)
     hyperparameters |= method.options | {"checkpoint_dir": str(folder)}
-    data = data or Alpaca()
-    if resumed is None and not dry_run:
+    config, data = Config.from_checkpoint(folder), data or Alpaca()
+    fits = fits_each_device(config, method.freezes, precision, devices, num_nodes, bytes_per_weight(method.quantize))
+    if dry_run:
+        is_sharded = strategy == "fsdp" or (strategy == "auto" and not fits)
+        print(plan_of(method, folder, config, data, train, optimizer, precision, seed, parse_devices(devices), num_nodes, is_sharded))
+        return
+    if resumed is None:
         check_room(out_dir, data, folder)
 
     logger = choose_logger(logger_name, out_dir, f"finetune-{folder.name}", log)
-    config = Config.from_checkpoint(folder)
-    fits = fits_each_device(config, method.freezes, precision, devices, num_nodes, bytes_per_weight(method.quantize))
     layout = dict(strategy=strategy, cpu_offload=cpu_offload, precision=precision, fits_one_device=fits, loggers=logger)
-    fabric = launch_fabric(*((1, 1) if dry_run else (devices, num_nodes)), **layout)
+    fabric = launch_fabric(devices, num_nodes, **layout)
     seed_generators(fabric, seed)
     tokenizer = Tokenizer(folder)
     samples, val_samples = read_samples(fabric, data, tokenizer, config, train)
+    check_judged(eval, val_samples)
     limits = Limits.of(train, len(samples), mean_length(samples))
     shown = samples_to_show(samples, val_samples, eval)
 
+    n_recomputed = recomputed_blocks(method, config, samples, train, precision, seed, fabric.world_size)
     model, base, initial = prepared_model(method, folder, train, precision, seed, fabric.device)
+    model.n_recomputed = n_recomputed
     size, flops = described(model, precision), flops_per_token(model, samples)
     if compile:
         compile_blocks(model, dynamic=None)  # the first steps show which lengths differ
@@ -238,9 +246,30 @@ def check_options(
         raise UserError(f"`profile` is how many steps to record, but got {profile}. Give a positive number, or leave it out.")
 
 
-def find_base(checkpoint_dir: Path, access_token: str | None) -> Path:
+def plan_of(
+    method: Method,
+    folder: Path,
+    config: Config,
+    data: DataModule,
+    train: TrainArgs,
+    optimizer: OptimizerArgs,
+    precision: str,
+    seed: int,
+    n_local: int,
+    num_nodes: int,
+    is_sharded: bool,
+) -> str:
+    """Return what a run would do and take, as text, after reading its data, but none of the model's weights."""
+    fabric = launch_fabric(precision=precision)
+    samples, _ = read_samples(fabric, data, Tokenizer(folder), config, train)
+    limits = Limits.of(train, len(samples), mean_length(samples))
+    how = dict(seed=seed, n_devices=n_local * num_nodes, n_local=n_local, is_sharded=is_sharded, stored=stored_dtype(folder))
+    return plan_text(make_plan(method, config, samples, train, optimizer, precision, limits, **how))
+
+
+def find_base(checkpoint_dir: Path, access_token: str | None, needs_weights: bool) -> Path:
     """Return the folder of the model to finetune."""
-    folder = find_checkpoint(checkpoint_dir, access_token=access_token)
+    folder = find_checkpoint(checkpoint_dir, access_token=access_token, needs_weights=needs_weights)
     if (folder / names.ADAPTER_CONFIG).is_file() and not (folder / names.CONFIG).is_file():
         raise UserError(f"{folder} holds the updates of a model, not a model. Merge them first: litgpt merge_lora {folder}")
     refuse_adapter(folder)
@@ -260,8 +289,6 @@ def prepared_model(
     method.prepare(model, seed)
     cast_parameters(model, precision)
     model.expert_balance = train.expert_balance or 0.0
-    if train.activation_checkpointing == "full":
-        model.n_recomputed = base.config.n_layer
     return model, base, initial
 
 
@@ -289,6 +316,15 @@ def read_samples(
     if train.packing == "global":
         samples = PackedSamples(samples, train.max_seq_length)
     return samples, val_samples
+
+
+def check_judged(eval: EvalArgs, val_samples: Sequence[Sample]) -> None:
+    """Raise a UserError if the run is to be judged by samples that it does not have."""
+    if not len(val_samples) and (eval.save_best or eval.patience is not None):
+        raise UserError(
+            "`eval.save_best` and `eval.patience` need samples to validate on, but there are none. "
+            "Set `--data.val_split_fraction`, or leave them out."
+        )
 
 
 def mean_length(samples: Sequence[Sample], n_seen: int = 1000) -> float:

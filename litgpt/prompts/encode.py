@@ -52,6 +52,11 @@ def encode_training(
         messages.pop()
     if not messages:
         raise UserError("A conversation to train on needs a message from 'assistant'.")
+    if train_on != "last" and any(message["role"] == "assistant" and message.get("weight") == 0 for message in messages):
+        raise UserError(
+            "An answer has the `weight` 0, but every answer is trained on. If only the last one of each conversation is to be, "
+            "say so with `train_on` 'last'; else leave out the key, or end the conversation before that answer."
+        )
     encoded = []
     samples = style.samples(messages, style.turn_end(tokenizer))
     for pieces in samples[-1:] if train_on == "last" else samples:

@@ -3,10 +3,11 @@
 The model itself is asked, not a formula: it is made and run with tensors that have shapes and no numbers.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,15 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from litgpt import names
+from litgpt.attention import Segments
 from litgpt.cache import CHUNK, State
 from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean
 from litgpt.experts import Experts
-from litgpt.hardware import find_device
+from litgpt.hardware import GB, find_device
 from litgpt.lora import LoRA, add_lora
 from litgpt.model import GPT
 
 MOST_ROWS = 1024  # with more the estimate itself takes minutes
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "bitsandbytes::gemm_4bit"}
 MOST_TOKENS = 2048  # of a training sample, where nobody says how long they are
 
 
@@ -101,7 +104,7 @@ def estimate_model_memory(
             weights=_nbytes(model),
             gradients=trained,
             optimizer=2 * trained,
-            activations=activation_bytes(model.train(), batch_size, context, checkpointing),
+            activations=activation_bytes(model.train(), batch_size, context, config.n_layer if checkpointing else 0),
             **sizes,
         )
 
@@ -131,14 +134,26 @@ def checked_context(context: int | None, config: Config, training: bool) -> int:
     return context
 
 
+def in_words(n_bytes: float) -> str:
+    """Return a number of bytes for people: `1.23 GB`, `12.3 MB`."""
+    return f"{n_bytes / GB:,.2f} GB" if n_bytes >= GB / 10 else f"{n_bytes / 1e6:,.1f} MB"
+
+
 # Weights and cache
 
 
-def cast(model: GPT, dtype: torch.dtype) -> GPT:
-    """Return a model made `without_numbers` with parameters of a type; `Module.to` cannot do that with such ones."""
+def cast(model: GPT, dtype: torch.dtype, trained: torch.dtype | None = None) -> GPT:
+    """Return a model made `without_numbers` with parameters of a type; `Module.to` cannot do that with such ones.
+
+    Args:
+        model: Is changed in place.
+        dtype: Of its parameters.
+        trained: Of those that are trained, if it is another one.
+    """
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(parameter.detach().to(dtype)))
+        for name, old in module.named_parameters(recurse=False):
+            wanted = trained if trained is not None and old.requires_grad else dtype
+            module.register_parameter(name, nn.Parameter(old.detach().to(wanted), requires_grad=old.requires_grad))
     model.tie()
     return model
 
@@ -178,30 +193,153 @@ def _state_bytes(state: State | None) -> int:
 # Training
 
 
-def activation_bytes(model: GPT, rows: int, length: int, checkpointing: bool = False) -> int:
+@dataclass(frozen=True)
+class Held:
+    """What a part of a pass holds beside what there was before it, in bytes; negative where it frees more than it makes."""
+
+    most: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a microbatch takes beside weights and optimizer at its fullest moment, in bytes."""
+
+    gradients: int
+    activations: int
+    logits: int
+    """What the head and the loss take; nothing if the fullest moment is another one."""
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.gradients + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the parts of a microbatch's forward and backward pass hold, beside gradients that are there already."""
+
+    embedding: Held
+    forward: list[Held]  # of each block
+    head: Held  # the final norm and the loss, and back
+    backward: list[Held]  # of each block, in the order of the model
+    rest: Held  # the embedding's backward pass
+    stream: int  # a block's output
+    gradients: list[int]  # those of the embedding, of each block, and of the norm and the head
+    n_products: int = 0  # how many different ones of matrices in 16 bits there are
+
+    def peak(self, n_recomputed: int = 0, accumulates: bool = True) -> Peak:
+        """Return what there is at the fullest moment.
+
+        Args:
+            n_recomputed: So many blocks, the first ones, keep their output alone and are computed again in their backward pass.
+            accumulates: Whether the gradients of another microbatch are there; else they are made on the way.
+        """
+        n_blocks, made = len(self.forward), sum(self.gradients) if accumulates else 0
+        moments, level = [Peak(made, self.embedding.most, 0)], self.embedding.after
+        for i, block in enumerate(self.forward):
+            moments.append(Peak(made, level + block.most, 0))
+            level += min(block.after, self.stream) if i < n_recomputed else block.after
+        made = made if accumulates else self.gradients[-1]
+        moments.append(Peak(made, level, self.head.most))
+        level += self.head.after
+        for i in reversed(range(n_blocks)):
+            made += 0 if accumulates else self.gradients[i + 1]
+            if i < n_recomputed:
+                moments.append(Peak(made, level + self.forward[i].most, 0))
+                level += self.forward[i].after - min(self.forward[i].after, self.stream)
+            moments.append(Peak(made, level + self.backward[i].most, 0))
+            level += self.backward[i].after
+        moments.append(Peak(sum(self.gradients), level + self.rest.most, 0))
+        return max(moments, key=lambda moment: moment.total)
+
+
+def measured_pass(model: GPT, rows: int, length: int, lengths: list[int] | None = None, autocast: torch.dtype | None = None) -> Pass:
+    """Return what the passes of a microbatch take.
+
+    Args:
+        model: Made `without_numbers`, and with its updates, if only these are trained. Blocks that are like others are lost.
+        rows: How many samples there are.
+        length: How many tokens each has.
+        lengths: Of the samples that are laid end to end, where there is one row.
+        autocast: In what products are computed, if not in the weights' own type.
+    """
+    blocks, like = model.transformer.h, repeated_blocks(model)
+    gradients, embedding = _gradient_bytes(model), model.transformer.wte.weight
+    for i in like:
+        blocks[i] = _PassedOver()
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    idx, stream = torch.zeros(rows, length, dtype=torch.long), rows * length * model.config.n_embd * embedding.element_size()
+    graded: list[bool] = []  # whether what comes in has a gradient
+    segments = None if lengths is None else Segments(lengths)
+    with LiveBytes() as live:
+
+        def begin(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            live.mark()
+            graded.append(inputs[0].requires_grad)
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(lambda _: live.mark())
+
+        for i, part in enumerate((*blocks, model.transformer.ln_f)):
+            if i not in like:
+                part.register_forward_pre_hook(begin)
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            nll = model(idx, targets=idx, segments=segments).nll
+        nll.backward()
+        live.mark()
+    found = _by_part(live.parts, graded, [like.get(i, i) for i in range(len(blocks))], stream, gradients)
+    return replace(found, n_products=len(live.products))
+
+
+def _by_part(parts: list[Held], graded: list[bool], like: list[int], stream: int, gradients: list[int]) -> Pass:
+    """Return which part is which: embedding, blocks, head, and the blocks again, from the last one to the first that has a gradient."""
+    seen = sorted(set(like))  # the blocks that were computed
+    forward = dict(zip(seen, parts[1:], strict=False))
+    back = parts[len(seen) + 2 :]
+    backward = dict.fromkeys(seen, Held(0, 0)) | dict(zip(reversed(seen), back, strict=False))
+    rest = back[-1] if graded[0] else Held(0, 0)
+    return Pass(parts[0], [forward[i] for i in like], parts[len(seen) + 1], [backward[i] for i in like], rest, stream, gradients)
+
+
+def _gradient_bytes(model: GPT) -> list[int]:
+    """Return the sizes of the gradients of the embedding, of each block, and of the norm and the head; a shared matrix is the head's."""
+    last = [*model.transformer.ln_f.parameters(), *model.lm_head.parameters()]
+    blocks = [list(block.parameters()) for block in model.transformer.h]
+    known = {id(parameter) for part in (last, *blocks) for parameter in part}
+    first = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    return [sum(parameter.nbytes for parameter in part if parameter.requires_grad) for part in (first, *blocks, last)]
+
+
+def blocks_to_recompute(measured: Pass, budget: float, accumulates: bool = True) -> int:
+    """Return how few blocks have to be computed again, for the activations of a microbatch to fit into so many bytes.
+
+    Raises:
+        UserError: They do not fit, even if all are.
+    """
+    peaks = [measured.peak(n, accumulates) for n in range(len(measured.forward) + 1)]
+    sizes = [peak.activations + peak.logits for peak in peaks]
+    if (fitting := next((n for n, size in enumerate(sizes) if size <= budget), None)) is None:
+        least = f"{math.ceil(min(sizes) / GB * 1000) / 1000:.3f}"
+        raise UserError(
+            f"`train.activation_checkpointing` leaves a microbatch {budget / GB:g} GB, but it takes {least} GB even if all blocks are "
+            f"computed again. Give it {least}, or lower `train.micro_batch_size` or `train.max_seq_length`."
+        )
+    return fitting
+
+
+def activation_bytes(model: GPT, rows: int, length: int, n_recomputed: int = 0) -> int:
     """Return the most bytes that a microbatch takes beside weights and their gradients, which are there from the one before.
 
     Args:
         model: Made `without_numbers`, and with its updates, if only these are trained. Blocks that are like others are lost.
         rows: How many samples there are.
         length: How many tokens each has.
-        checkpointing: Whether a block keeps its input alone, and is computed again in its backward pass.
+        n_recomputed: So many blocks keep their input alone, and are computed again in their backward pass.
     """
-    blocks, like = model.transformer.h, repeated_blocks(model)
-    for i in like:
-        blocks[i] = _PassedOver()
-    for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    idx, marks = torch.zeros(rows, length, dtype=torch.long), []
-    with LiveBytes() as live:
-        for part in (*blocks, model.transformer.ln_f):
-            part.register_forward_pre_hook(lambda *_: marks.append(live.now))
-        model(idx, targets=idx).nll.backward()
-    kept = [after - before for before, after in zip(marks[:-1], marks[1:], strict=False)]  # of each block, its backward pass aside
-    passing = live.most - sum(kept[i] for i in range(len(kept)) if i not in like)  # what there was beside what blocks keep
-    kept = [kept[like.get(i, i)] for i in range(len(kept))]
-    stream = rows * length * model.config.n_embd * model.transformer.wte.weight.element_size()
-    return passing + (stream * len(kept) + max(kept) if checkpointing else sum(kept))
+    peak = measured_pass(model, rows, length).peak(n_recomputed)
+    return peak.activations + peak.logits
 
 
 def repeated_blocks(model: GPT) -> dict[int, int]:
@@ -229,11 +367,20 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.most = self.before = 0
         self.known: dict[int, weakref.ref] = {}
+        self.parts: list[Held] = []
+        self.products: set[tuple] = set()  # the different ones in 16 bits
+
+    def mark(self) -> None:
+        """End a part, and note what it held."""
+        self.parts.append(Held(self.most - self.before, self.now - self.before))
+        self.most = self.before = self.now
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         made = self._made(func, args, kwargs or {})
+        if func.name() in PRODUCTS and made.dtype.itemsize == 2:
+            self.products.add((func, *(tensor.shape for tensor in args[:3] if isinstance(tensor, Tensor))))
         given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
@@ -263,19 +410,23 @@ class LiveBytes(TorchDispatchMode):
 @contextmanager
 def without_numbers() -> Iterator[None]:
     """Let tensors that are made meanwhile have shapes and types, but no numbers: they take no memory, and products no time."""
-    with FakeTensorMode(), _AsComputed():
+    with FakeTensorMode(allow_non_fake_inputs=True), _AsComputed():
         yield
 
 
 class _AsComputed(TorchFunctionMode):
-    """Gives two functions the results that they have with numbers; without any, torch takes another way or refuses."""
+    """Gives some functions the results that they have with numbers; without any, torch takes another way or refuses."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self._is_fused(*args[:3]):
             return _FusedAttention.apply(*args[:3], args[3] if len(args) > 3 else kwargs.get("attn_mask"))
-        if func is Tensor.tolist:  # where experts' rows end
-            return [0] * args[0].numel()
+        if func is Tensor.item:  # where experts' rows end
+            return 0
+        if func is Tensor.split and isinstance(args[1], list) and not any(args[1]):  # by that, for quantized experts
+            return [args[0], *(args[0][:0] for _ in args[1][1:])]
+        if func is Tensor.nonzero:  # which tokens have a target: all
+            return torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.long)
         return func(*args, **kwargs)
 
     @staticmethod

@@ -252,6 +252,13 @@ def test_a_bad_conversation_is_described_with_its_place(tmp_path, ours, folder, 
     assert str(caught.value).startswith(f"{path}, line 2: ") and message in str(caught.value)
 
 
+def test_an_answer_that_is_not_to_be_trained_on_is_not_trained_on_in_silence(tmp_path, ours, folder):
+    path = jsonl(tmp_path / "a.jsonl", {"messages": [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER | {"weight": 1}]})
+    with pytest.raises(UserError, match="line 1: An answer has the `weight` 0, but every answer is trained on"):
+        module(path, ours, style_of("qwen2_5", folder))
+    assert module(path, ours, style_of("qwen2_5", folder), train_on="last").train_dataset.n_targets
+
+
 def test_files_are_those_of_json(tmp_path, tokenizer):
     with pytest.raises(MissingFile, match="`path` must name a"):
         Chat(tmp_path / "none.json").prepare_data()

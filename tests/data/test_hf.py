@@ -132,6 +132,26 @@ def test_a_file_that_is_none_is_one_sentence(tmp_path, cached):
         HF(str(tmp_path / "script"), **cached).prepare_data()
 
 
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", b"", "cannot be read: it has an empty file"),
+        ("a.jsonl.gz", gzip.compress(b'{"instruction": "x", "output": "y"}')[:-12], "cannot be read: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"instruction": "x", "output": "y"}')[:10] + b"\xff" * 40, "cannot be read: Error -3 while decompr"),
+    ],
+    ids=["empty", "cut", "damaged"],
+)
+def test_a_file_that_is_not_whole_is_one_sentence(tmp_path, cached, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} {message}"):
+        HF(str(tmp_path / name), **cached).prepare_data()
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(UserError, match="`repo_id` is empty"):
+        HF("")
+
+
 def test_samples_stay_on_the_disk_until_they_are_asked_for():
     asked = []
 

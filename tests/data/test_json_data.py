@@ -140,7 +140,6 @@ def test_without_a_fraction_a_twentieth_is_held_out_and_said(tmp_path, tokenizer
 
 def test_a_folder_has_its_own_validation_file(tmp_path, tokenizer):
     write(tmp_path / "train.json", RECORDS[:3])
-    write(tmp_path / "train.jsonl", RECORDS)  # `.json` comes first
     write(tmp_path / "val.jsonl", RECORDS[3:5])
     data = module(tmp_path, tokenizer)
     assert data.train_dataset.data == RECORDS[:3] and data.val_dataset.data == RECORDS[3:5]
@@ -148,6 +147,13 @@ def test_a_folder_has_its_own_validation_file(tmp_path, tokenizer):
         module(tmp_path, tokenizer, val_split_fraction=0.1)
     (tmp_path / "val.jsonl").unlink()
     with pytest.raises(MissingFile, match=r"has no val\.json, val\.jsonl, val\.parquet or val\.csv"):
+        module(tmp_path, tokenizer)
+
+
+def test_a_folder_with_two_train_files_is_refused_for_one_would_be_left_out(tmp_path, tokenizer):
+    for name in ("train.json", "train.jsonl.gz", "val.json"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(UserError, match=r"has train\.json and train\.jsonl\.gz, of which one would be left out"):
         module(tmp_path, tokenizer)
 
 
@@ -181,6 +187,8 @@ def test_a_path_that_is_no_data_is_refused_before_anything_else(tmp_path, name, 
         ("a.csv", 'instruction,output\nx,"y"z\n', "a.csv is not valid CSV in line 2"),
         ("a.csv", 'instruction,output\nx,"y\n', "a.csv is not valid CSV in line 2"),
         ("a.csv", "output,output\nx,y\n", "names a column twice"),
+        ("a.csv", "instruction;output\nx;y\n", "a.csv has ';' between its columns"),
+        ("a.csv", "instruction\toutput\nx\ty\n", r"a.csv has '\t' between its columns"),
     ],
 )
 def test_a_bad_file_is_one_sentence_with_the_place(tmp_path, name, content, message):

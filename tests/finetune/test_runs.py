@@ -120,6 +120,52 @@ def assert_same_result(one: Path, other: Path) -> None:
     assert logged(one) == logged(other)
 
 
+# What a run goes on from
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": None},
+        {"step": "2"},
+        {"total_tokens": None},
+        {"validations": [1]},
+        {"validations": {"median": 1.0}},
+        {"validations": {"best": "x"}},
+        {"validations": {"lowest": "x"}},
+    ],
+    ids=str,
+)
+def test_a_step_whose_counters_are_damaged_is_refused_in_one_sentence(run, tmp_path: Path, change: dict):
+    state = run(train=dict(max_steps=1, save_interval=1)) / names.STEP.format(1) / names.RUN_STATE / names.STATE
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps(content | {"counters": content["counters"] | change}))
+    with pytest.raises(UserError, match="is damaged: its counters lack .* Resume from another step"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(dict(lora_r=4), "lora_r 8, not 4"), (dict(lora_plus_ratio=2.0), "lora_plus_ratio None, not 2.0")]
+)
+def test_an_option_that_changes_what_is_trained_is_named_rather_than_a_tensor(run, options: dict, said: str):
+    run(train=dict(max_steps=1, save_interval=1))
+    with pytest.raises(UserError, match=said):
+        run(resume=True, **options)
+
+
+def test_packing_is_named_where_it_changes_the_samples_of_a_resumed_run(run):
+    run(train=dict(max_steps=1, save_interval=1))
+    with pytest.raises(UserError, match="changed: train.packing true -> global"):
+        run(train=dict(packing="global"), resume=True)
+
+
+def test_a_file_in_the_place_of_the_logs_is_one_sentence(run, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "logs").touch()
+    with pytest.raises(UserError, match="there is a file of this name"):
+        run()
+
+
 # Links, and which steps are kept
 
 
