@@ -246,13 +246,13 @@ class Journal:
         for line in self._complete().splitlines():
             with suppress(ValueError):  # a disk that lost its power leaves zeros
                 found.append(json.loads(line))
-        return [row for row in found if isinstance(row, dict)]
+        return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
     def cut_after(self, step: int) -> None:
         """Drop what was written after a step, from which a run goes on; -1 drops everything."""
         if not self.path.exists():
             return
-        kept = [row for row in self.rows() if row.get("step", 0) <= step]
+        kept = [row for row in self.rows() if row["step"] <= step]
         partial = self.path.with_name(self.path.name + names.PARTIAL)
         partial.write_text("".join(map(_as_line, kept)), encoding="utf-8")
         os.replace(partial, self.path)

@@ -43,9 +43,11 @@ def make_optimizer(args: OptimizerArgs, model: nn.Module, lr_ratios: Mapping[str
         raise UserError("Nothing is to be trained: all parameters are frozen.")
     kind, forced = _in_few_bits(_optimizer_class(args.name), args.state)
     taken = inspect.signature(kind).parameters
-    if unknown := [name for name in args.init_args if name not in taken]:
-        hint = did_you_mean(unknown[0], taken) or f" It takes {', '.join(taken)}."
-        raise UserError(f"`optimizer.init_args` names {unknown[0]!r}, which {kind.__name__} does not take.{hint}")
+    known = [name for name in taken if name not in ("params", *forced)]
+    if unknown := [name for name in args.init_args if name not in known]:
+        hint = did_you_mean(unknown[0], known) or f" It takes {', '.join(known)}."
+        which = f"{args.name} with `optimizer.state` {args.state}" if forced else kind.__name__
+        raise UserError(f"`optimizer.init_args` names {unknown[0]!r}, which {which} does not take.{hint}")
     wanted: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": tuple(args.betas)}
     if "fused" in taken and _can_be_fused(trained) and not args.init_args.get("foreach"):
         wanted["fused"] = True  # one pass over the memory instead of ten

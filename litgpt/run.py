@@ -6,10 +6,12 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self, TypeVar
 
@@ -33,7 +35,7 @@ from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
 from litgpt.quantize import n_weights
 from litgpt.report import answers_in, write_report
 from litgpt.run_folder import DECIDE, changed_options, delete_old_steps, no_folder, remove_links, results_in, set_link
-from litgpt.run_state import latest_step, load_run_state, loss_scaler, save_run_state, saved_parameters
+from litgpt.run_state import ANOTHER, latest_step, load_run_state, loss_scaler, save_run_state, saved_counters, saved_parameters
 from litgpt.training import Agreed, Feed, Limits, Sample, StopRequest, steps, take_step, validate, validation_microbatches
 
 try:
@@ -43,6 +45,7 @@ except ImportError:  # Windows has none
 
 Item = TypeVar("Item")
 VOTE_EVERY = 4  # microbatches of a validation, or tokens of an answer, lie between two looks at whether to stop
+CUT_SAMPLES = ("seed", "train.max_seq_length", "train.packing")  # options outside of the data set that decide which samples there are
 MAX_NAMED = 32  # samples that an error lists
 
 # Data
@@ -57,15 +60,37 @@ def sample_length(train: TrainArgs, config: Config) -> int:
 
 def prepared(fabric: Fabric, data: LightningDataModule) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Download and read a connected data set; return its samples to train on and those to validate on, which may be none."""
-    with fabric.rank_zero_first():
-        data.prepare_data()
-    data.setup()
+    with together(fabric):
+        if fabric.is_global_zero:
+            data.prepare_data()
+    with together(fabric), redirect_stderr(sys.stderr if fabric.is_global_zero else StringIO()):  # or each rank would tell what was cut
+        if not fabric.is_global_zero:
+            data.prepare_data()  # finds what the first one left, or is on another machine
+        data.setup()
     train, val = data.train_dataset, data.val_dataset
     if train is None:  # a module that defines its loaders only
         train, val = (getattr(loader, "dataset", None) for loader in (data.train_dataloader(), data.val_dataloader()))
     if not hasattr(train, "__len__"):
         raise UserError(f"{type(data).__name__} does not say how many samples it has: its data set needs `__len__` and `__getitem__`.")
     return train, [] if val is None else val
+
+
+@contextmanager
+def together(fabric: Fabric) -> Iterator[None]:
+    """Let an error in this part of a program end it on all ranks, which would else wait for ever; the first that has one tells it."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if fabric.world_size > 1:
+        code = 0 if error is None else 2 if isinstance(error, UserError) else 1  # see `cli.main`
+        codes = fabric.all_gather(torch.tensor(code, device=fabric.device)).tolist()
+        first = next((rank for rank, code in enumerate(codes) if code), None)
+        if first not in (None, fabric.global_rank):
+            raise SystemExit(codes[first])
+    if error is not None:
+        raise error
 
 
 def digest(samples: Sequence[Sample]) -> str:
@@ -167,6 +192,14 @@ class Judged:
     best: tuple[int, float] | None = None  # of the saved steps the one with the lowest loss, and that
     owed: bool = False  # whether the system stopped the run in the validation of this step
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all fields, which may have been read from a file, are of their types."""
+        match self.best:
+            case None | [int(), int() | float()]:
+                return isinstance(self.lowest, int | float | None) and isinstance(self.n_since, int) and isinstance(self.owed, bool)
+        return False
+
 
 class Run:
     """What a training script does beside training. Use it as a context, which listens to signals and shows progress.
@@ -217,7 +250,8 @@ class Run:
         self.links = True  # whether the disk can hold them
 
     def __enter__(self) -> Self:
-        self._lock()
+        with together(self.fabric):
+            self._lock()
         for part in (_threads_without_disk_errors(), self.stop, self.progress):
             self.open.enter_context(part)
         return self
@@ -244,7 +278,10 @@ class Run:
         if fcntl is None:
             return
         with self._log_errors():
-            (self.out_dir / "logs").mkdir(exist_ok=True)
+            try:
+                (self.out_dir / "logs").mkdir(exist_ok=True)
+            except FileExistsError:
+                raise no_folder(self.out_dir / "logs", "there is a file of this name") from None
             self.lock = open(self.out_dir / "logs" / ".lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -259,16 +296,13 @@ class Run:
     def begin(self, resumed: Path | None, hyperparameters: Mapping[str, Any]) -> None:
         """Go on from a step, or make room for a new run."""
         if resumed is not None:
-            counters = load_run_state(self.fabric, resumed, self.model, self.optimizer)
-            before = read_yaml(resumed / names.HYPERPARAMETERS)
+            counters, before = saved_counters(resumed), read_yaml(resumed / names.HYPERPARAMETERS, way=ANOTHER)
             self._check_same(resumed, counters, before, hyperparameters)
-            self.meter.step, self.meter.total_tokens = counters["step"], counters["total_tokens"]
-            self.judged = Judged(**counters.get("validations", {}))
-            if self.judged.best is not None and not self._best().is_dir():  # the run began in another folder
-                self.judged.best = None
+            load_run_state(self.fabric, resumed, self.model, self.optimizer)
+            self._count_on(resumed, counters)
             self._point_links()
             self.progress.say(f"Going on after step {self.step}, from {resumed}.")
-            if changed := changed_options(before, hyperparameters, "optimizer", "train"):
+            if changed := changed_options(before or hyperparameters, hyperparameters, "optimizer", "train"):
                 self.progress.say(f"Resuming with changed {', '.join(changed.values())}.")
         elif self.fabric.is_global_zero:
             for path in results_in(self.out_dir, unfinished=True):  # `step_to_resume` asked for permission, and `check_room` looked
@@ -283,6 +317,17 @@ class Run:
             with self._log_errors():
                 self.fabric.logger.log_hyperparams(dict(hyperparameters))
 
+    def _count_on(self, resumed: Path, counters: Mapping[str, Any]) -> None:
+        """Take up the counters of a step, and what its validations found."""
+        step, total_tokens, found = counters.get("step"), counters.get("total_tokens"), counters.get("validations", {})
+        known = isinstance(found, dict) and found.keys() <= Judged.__dataclass_fields__.keys()
+        self.judged = Judged(**found) if known else Judged()
+        if not (known and self.judged.is_whole and isinstance(step, int) and isinstance(total_tokens, int)):
+            raise UserError(f"{resumed} is damaged: its counters lack the step, the tokens or the validations. {ANOTHER}")
+        self.meter.step, self.meter.total_tokens = step, total_tokens
+        if self.judged.best is not None and not self._best().is_dir():  # the run began in another folder
+            self.judged.best = None
+
     def _check_same(self, resumed: Path, counters: Mapping[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Refuse the step of a run that saw other samples or trained something else."""
         name = next((name for name, value in self.same.items() if counters.get(name) != value), None)
@@ -291,7 +336,7 @@ class Run:
         why = ""
         if "sample" in name:
             changed = changed_options(before, now, "data", "seed", "train")
-            texts = [text for name, text in changed.items() if name.startswith("data.") or name in ("seed", "train.max_seq_length")]
+            texts = [text for name, text in changed.items() if name.startswith("data.") or name in CUT_SAMPLES]
             why = f" (changed: {', '.join(texts)})" if texts else f" ({DECIDE} changed)"
         raise UserError(
             f"{resumed} is of a run with {name} {counters.get(name)!r}, not {self.same[name]!r}{why}. "

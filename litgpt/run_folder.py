@@ -194,7 +194,7 @@ def _counters(step: Path) -> Mapping[str, Any] | None:
 # The run before
 
 
-DECIDE = "the data's files, the tokenizer, `mask_prompt`, `prompt_style`, `seed` or `max_seq_length`"  # which samples there are
+DECIDE = "the data's files, the tokenizer, `mask_prompt`, `prompt_style`, `seed`, `max_seq_length` or `packing`"  # which samples there are
 NO_EFFECT = ("train.save_interval", "train.log_interval", "train.keep_last")
 
 

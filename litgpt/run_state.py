@@ -225,6 +225,16 @@ def load_run_state(fabric: Fabric, folder: Path, model: nn.Module, optimizer: Op
     return state["counters"]
 
 
+def saved_counters(folder: Path) -> dict[str, Any]:
+    """Return the counters of a step folder, as `load_run_state` does, and read no tensor.
+
+    Raises:
+        MissingFile: The folder holds no run state.
+        UserError: It is damaged.
+    """
+    return _read_state(folder)["counters"]
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / names.RUN_STATE / names.STATE
     if not is_file(path):

@@ -285,7 +285,7 @@ def test_a_line_that_a_kill_cut_short_is_forgotten(tmp_path, torn):
 
 def test_a_line_of_zeros_hides_no_other(tmp_path):
     journal = Journal(tmp_path / "metrics.jsonl")
-    journal.path.write_bytes(b'{"step": 1}\n' + b"\x00" * 20 + b'\n[1]\n{"step": 2}\n')
+    journal.path.write_bytes(b'{"step": 1}\n' + b"\x00" * 20 + b'\n[1]\n{"step": "1"}\n{"loss": 1}\n{"step": 2}\n')
     assert [row["step"] for row in journal.rows()] == [1, 2]
 
 

@@ -83,7 +83,11 @@ def test_only_what_is_trained_is_in_the_optimizer():
         (OptimizerArgs(init_args={"eps": math.nan}), "`eps` is a finite number"),
         (OptimizerArgs(state="8bits"), "`optimizer.state` is one of full, bf16, 8bit, but got '8bits'. Did you mean '8bit'"),
         (OptimizerArgs("SGD", state="bf16"), "`optimizer.state` bf16 is for AdamW and Adam, but the optimizer is SGD. Use full."),
-        (OptimizerArgs(state="8bit", init_args={"amsgrad": True}), "'amsgrad', which CompactAdamW does not take"),
+        (
+            OptimizerArgs(state="8bit", init_args={"amsgrad": True}),
+            "'amsgrad', which AdamW with `optimizer.state` 8bit does not take. It takes lr, betas, eps, weight_decay\\.",
+        ),
+        (OptimizerArgs(init_args={"params": []}), "'params', which AdamW does not take"),
         (OptimizerArgs(state="8bit", betas=(0.9, 1.0)), "refuses"),
     ],
     ids=str,

@@ -3,7 +3,6 @@
 A case is a function of this file; `run_ranks(case, world, ...)` calls it on every rank and returns what each returned.
 """
 
-import multiprocessing
 import os
 import random
 import resource
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from forked import forkserver
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -46,9 +46,7 @@ class Killed(Exception):
 
 def run_ranks(case: str, world: int = 1, timeout: float = 60, **args: Any) -> list[Any]:
     """Call a case on so many ranks of this machine."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["workers"])
+    context = forkserver()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

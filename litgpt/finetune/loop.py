@@ -119,8 +119,8 @@ def finetune(
         out_dir: Where to write. `final/` becomes a complete Hugging Face folder, `step-N/` holds what a run needs to go on after
             step N, and `logs/` the logged values. A folder that already holds a run is refused.
         precision: The number types to train in: `32-true`, `bf16-mixed` (weights in fp32, products in bf16), `bf16-true` (weights in
-            bf16; what is trained beside frozen ones stays in fp32), or on GPUs `16-mixed` and `16-true`. By default what this machine is fast
-            in: fp32 where its processor does not multiply bf16.
+            bf16; what is trained beside frozen ones stays in fp32), or on GPUs `16-mixed` and `16-true` (frozen weights in fp16). By
+            default what this machine is fast in: fp32 where its processor does not multiply bf16.
         devices: How many devices to train on, or `auto` for all GPUs.
         num_nodes: How many machines take part.
         strategy: How several devices share the work: `ddp` (each holds the whole model), `fsdp` (each holds a slice of every weight), or

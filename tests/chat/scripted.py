@@ -1,10 +1,11 @@
-"""Runs `litgpt chat` with a real model, whose answers are shown as a script says: word by word, one with each token.
+"""`litgpt chat` with a real model, whose answers are shown as a script says: word by word, one with each token.
 
 Usage: python scripted.py SCRIPT CHECKPOINT [FLAG ...]
 SCRIPT is a JSON file that maps prompts to answers; every other prompt is answered with "Fine."
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -16,24 +17,45 @@ from litgpt.cli import main
 from litgpt.generate.run import Speaker
 
 SECONDS = 0.01  # between two words
-ANSWERS = json.loads(Path(sys.argv[1]).read_text())
 
 
-class Scripted(conversation.Conversation):
-    """Knows what is to be shown."""
+def chat(script: str, *words: str) -> int:
+    """Be the command, and return its exit code."""
+    answers = json.loads(Path(script).read_text())
 
-    def answer(self, prompt: str) -> Iterator[str]:
-        """Yield a word for each step of the model."""
+    class Scripted(conversation.Conversation):
+        """Knows what is to be shown."""
 
-        def words(tokenizer: object, steps: Iterator[list[int]]) -> Iterator[str]:
-            for word, _ in zip(re.findall(r"\s*\S+|\s+", ANSWERS.get(prompt, "Fine.")), steps, strict=False):
-                yield word
-                time.sleep(SECONDS)
+        def answer(self, prompt: str) -> Iterator[str]:
+            """Yield a word for each step of the model."""
 
-        conversation.stream_text = words
-        return super().answer(prompt)
+            def scripted(tokenizer: object, steps: Iterator[list[int]]) -> Iterator[str]:
+                for word, _ in zip(re.findall(r"\s*\S+|\s+", answers.get(prompt, "Fine.")), steps, strict=False):
+                    yield word
+                    time.sleep(SECONDS)
+
+            conversation.stream_text = scripted
+            return super().answer(prompt)
+
+    base.Conversation = Scripted
+    Speaker.stop_tokens = property(lambda self: [])  # the script says when an answer ends
+    return main(["chat", *words])
 
 
-base.Conversation = Scripted
-Speaker.stop_tokens = property(lambda self: [])  # the script says when an answer ends
-sys.exit(main(["chat", *sys.argv[2:]]))
+def chat_in_terminal(words: list[str], home: Path, terminal: str, out: str, environment: dict[str, str]) -> None:
+    """Be the command in a folder and a terminal, but for standard output, which may be a file."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(home)
+    os.setsid()  # the terminal that is opened next is the one whose keys are signals
+    for number, name in enumerate((terminal, out, terminal)):
+        opened = os.open(name, os.O_RDWR | os.O_CREAT)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
+    sys.exit(chat(*words))
+
+
+if __name__ == "__main__":
+    sys.exit(chat(*sys.argv[1:]))

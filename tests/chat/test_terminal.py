@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -10,9 +11,12 @@ import termios
 import time
 from pathlib import Path
 
-import pexpect
 import pyte
 import pytest
+from chat.scripted import chat_in_terminal
+from forked import fork
+from pexpect import EOF
+from pexpect.fdpexpect import fdspawn
 from speaking import make_checkpoint
 
 SCRIPTED = Path(__file__).with_name("scripted.py")
@@ -41,25 +45,30 @@ SCRIPT = {"words": WORDS, "markdown": MARKDOWN, "hack": COMMANDS_THE_TERMINAL, "
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """The command whose answers are scripted."""
+    """What follows the name of the command whose answers are scripted."""
     folder = make_checkpoint(tmp_path_factory.mktemp("terminal") / "tiny-llama", context=4096)
     script = folder / "script.json"
     script.write_text(json.dumps(SCRIPT))
-    return [sys.executable, str(SCRIPTED), str(script), str(folder), "--precision", "32-true", "--max_new_tokens", "1000"]
+    return [str(script), str(folder), "--precision", "32-true", "--max_new_tokens", "1000"]
 
 
 class Terminal:
     """A chat in a terminal, and what its screen shows."""
 
-    def __init__(self, words, home, columns=60, lines=40, **environment):
+    def __init__(self, words, home, columns=60, lines=40, out=None, **environment):
         self.screen = pyte.Screen(columns, lines)
         self.stream = pyte.ByteStream(self.screen)
         self.received = b""
         inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
-        environment = {**inherited, "TERM": "xterm-256color", "PYTHONUTF8": "1", "HOME": str(home), **environment}
-        self.process = pexpect.spawn(words[0], words[1:], env=environment, dimensions=(lines, columns), timeout=100, cwd=home)
-        self.process.logfile_read = self
-        self.expect(ASK)
+        environment = {**inherited, "TERM": "xterm-256color", "HOME": str(home), **environment}
+        ours, self.theirs = pty.openpty()
+        termios.tcsetwinsize(ours, (lines, columns))
+        self.home, name = home, os.ttyname(self.theirs)
+        self.process = fork(chat_in_terminal, words, home, name, str(out or name), environment)
+        self.keys = fdspawn(ours, timeout=100)
+        self.keys.logfile_read = self
+        if out is None:
+            self.expect(ASK)
 
     def write(self, data):
         self.received += data
@@ -69,10 +78,10 @@ class Terminal:
         pass
 
     def expect(self, pattern):
-        self.process.expect(pattern)
+        self.keys.expect(pattern)
 
     def type(self, keys, until=r"\.\. "):
-        self.process.send(keys)
+        self.keys.send(keys)
         self.expect(until)
 
     def say(self, text, until=DONE):
@@ -94,17 +103,22 @@ class Terminal:
     def saved(self):
         """What was said, as /save writes it."""
         self.say("/save chat.json", "Saved")
-        file = Path(self.process.cwd) / "chat.json"
+        file = self.home / "chat.json"
         [record] = json.loads(file.read_text())
         file.unlink()
         return [message["content"] for message in record["messages"]]
 
     def end(self, keys):
-        self.process.send(keys)
-        self.expect(pexpect.EOF)
-        self.modes = termios.tcgetattr(self.process.child_fd)
-        self.process.close()
-        return self.process.exitstatus
+        self.keys.send(keys)
+        return self.exit_code()
+
+    def exit_code(self):
+        """Wait for the end."""
+        os.close(self.theirs)  # or it would have no end
+        self.expect(EOF)
+        self.process.join(30)
+        self.modes = termios.tcgetattr(self.keys.child_fd)
+        return self.process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +132,9 @@ def begin(words, tmp_path_factory):
 
     yield begin
     for chat in begun:
-        chat.process.close(force=True)
+        chat.process.kill()
+        chat.process.join()
+        chat.keys.close()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +143,7 @@ def shared(begin):
     chats = []
 
     def running():
-        if not chats or not chats[-1].process.isalive():
+        if not chats or not chats[-1].process.is_alive():
             chats.append(begin())
         return chats[-1]
 
@@ -138,7 +154,7 @@ def shared(begin):
 def chat(shared):
     """A chat that begins."""
     chat = shared()
-    chat.process.setwinsize(40, 60)
+    termios.tcsetwinsize(chat.keys.child_fd, (40, 60))
     chat.say("/clear", "anew")
     chat.screen.reset()
     chat.received = b""
@@ -178,7 +194,7 @@ def test_a_model_cannot_command_the_terminal(chat):
 def test_ctrl_c_stops_only_the_answer(chat):
     chat.type("words\r", "word9 ")
     for _ in range(5):  # hammered on
-        chat.process.sendintr()
+        chat.keys.send("\x03")
         time.sleep(0.01)
     chat.expect(DONE)
     chat.expect(ASK)
@@ -195,14 +211,14 @@ def test_several_lines_are_one_prompt(chat):
     for line in ('"""def f():', "", "    return 1"):
         chat.type(f"{line}\r")
     chat.say('"""')
-    chat.process.send("\x1b[200~pasted\n\n  lines\n\x1b[201~")
+    chat.keys.send("\x1b[200~pasted\n\n  lines\n\x1b[201~")
     chat.say("")
     assert chat.saved()[::2] == ["first\nsecond", "def f():\n\n    return 1", "pasted\n\n  lines"]
 
 
 def test_arrows_recall_and_edit_what_was_typed(chat):
     chat.say("Hello wrld")
-    chat.process.send("\x1b[A" + "\x1b[D" * 3 + "o")
+    chat.keys.send("\x1b[A" + "\x1b[D" * 3 + "o")
     chat.say("")
     assert chat.saved()[::2] == ["Hello wrld", "Hello world"]
 
@@ -215,7 +231,7 @@ def test_unicode_is_read_and_shown(chat):
 
 def test_lines_end_between_words_also_when_the_window_changes(chat):
     chat.type("words\r", "word60 ")
-    chat.process.setwinsize(30, 25)
+    termios.tcsetwinsize(chat.keys.child_fd, (30, 25))
     chat.expect(DONE)
     chat.expect(ASK)
     text = chat.received.decode().partition(">> Reply: ")[2].partition("Time for")[0]
@@ -229,7 +245,7 @@ def test_lines_end_between_words_also_when_the_window_changes(chat):
 def test_ctrl_d_ends_the_chat_and_the_terminal_is_as_it_was(begin, shared):
     chat = shared()
     chat.say("Hello")
-    assert not termios.tcgetattr(chat.process.child_fd)[3] & termios.ICANON  # keys are read one by one
+    assert not termios.tcgetattr(chat.keys.child_fd)[3] & termios.ICANON  # keys are read one by one
     assert chat.end("\x04") == 0
     assert chat.modes[3] & termios.ICANON and chat.modes[3] & termios.ECHO
     assert chat.received.count(b"\x1b[?2004h") == chat.received.count(b"\x1b[?2004l")  # of readline: pastes are marked
@@ -253,30 +269,26 @@ def test_a_killed_chat_leaves_nothing(begin):
     assert b"**bold text**" in chat.received and b"\x1b" not in chat.received  # this terminal knows no more
     chat.type("words\r", "word9 ")
     group = os.getpgid(chat.process.pid)
-    os.kill(chat.process.pid, signal.SIGKILL)
-    chat.expect(pexpect.EOF)
-    chat.process.close()
-    assert os.listdir(chat.process.cwd) == []
+    chat.process.kill()
+    assert chat.exit_code() == -signal.SIGKILL
+    assert os.listdir(chat.home) == []
     with pytest.raises(ProcessLookupError):
         os.killpg(group, 0)
 
 
 def test_over_a_pipe_the_output_is_exact(words):
     typed = 'markdown\n"""\ntwo\nlines"""\nhack\n/undo\n!quit\n'
-    done = subprocess.run(words, input=typed, capture_output=True, encoding="utf-8", timeout=100)
+    done = subprocess.run([sys.executable, str(SCRIPTED), *words], input=typed, capture_output=True, encoding="utf-8", timeout=100)
     greeting = "To end the chat, enter an empty line, !quit or !exit. Ctrl-C stops an answer. /help shows more.\n"
     replies = "".join(f">> Prompt: >> Reply: {answer}\n" for answer in (MARKDOWN, "Fine.", COMMANDS_THE_TERMINAL.replace("\r", "\n")))
     assert done.stdout == f"Now chatting with tiny-llama.\n{greeting}{replies}>> Prompt: The newest turn is forgotten.\n>> Prompt: "
     assert done.returncode == 0 and len(re.findall(DONE, done.stderr)) == 3
 
 
-def test_what_is_typed_in_a_terminal_may_be_answered_into_a_file(words, tmp_path):
+def test_what_is_typed_in_a_terminal_may_be_answered_into_a_file(begin, tmp_path):
     file = tmp_path / "out.txt"
-    command = " ".join(f"'{word}'" for word in words) + f" > '{file}'"
-    process = pexpect.spawn("/bin/sh", ["-c", command], env={**os.environ, "TERM": "xterm"}, timeout=100)
-    process.sendline("markdown")
-    process.expect(DONE)
-    process.send("\x04")
-    process.expect(pexpect.EOF)
+    chat = begin(out=file)
+    chat.type("markdown\r", DONE)
+    assert chat.end("\x04") == 0
     assert f">> Reply: {MARKDOWN}\n" in file.read_text()
     assert "\x1b" not in file.read_text()

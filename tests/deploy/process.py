@@ -2,10 +2,8 @@
 
 import http.client
 import json
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,29 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from forked import fork, run_litgpt
 from safetensors.torch import load_file, save_file
 from speaking import make_checkpoint
 
-from litgpt import cli
 from litgpt.generate.batch import Batch
 
 BREAK = "BREAK_ENGINE"  # a variable of the environment: the engine breaks once a file of this name is there
 
 
-def _context() -> Any:
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["litgpt.deploy.serve", "deploy.process"])
-    return context
-
-
 def _serve(words: list[str], folder: Path) -> None:
     """Be the command `litgpt serve`."""
-    for number, name in ((1, "out"), (2, "err")):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
-        os.close(file)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False, buffering=1)
     step, trap = Batch.step, folder / BREAK
 
     def breakable(batch: Batch) -> Any:
@@ -45,7 +31,7 @@ def _serve(words: list[str], folder: Path) -> None:
         return step(batch)
 
     Batch.step = breakable
-    sys.exit(cli.main(["serve", *words]))
+    run_litgpt(["serve", *words], folder / "out", folder / "err")
 
 
 def make_endless(folder: Path) -> Path:
@@ -70,8 +56,7 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         words = [str(model), "--port", "0", "--precision", "32-true", *map(str, flags)]
-        self.process = _context().Process(target=_serve, args=(words, folder))
-        self.process.start()
+        self.process = fork(_serve, words, folder)
         self.pid = self.process.pid
         self.headers: dict[str, str] = {}
 

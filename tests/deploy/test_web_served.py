@@ -1,34 +1,17 @@
 """The chat page as the command `serve` gives it: a browser, the real server, a tiny model."""
 
 import json
-import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from deploy.browser import Reader, chromium
+from deploy.process import TERM, served
 from speaking import make_checkpoint
 
 KEY = "correct-horse"
-
-
-@contextmanager
-def served(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Run `litgpt serve`; give its process and its address."""
-    command = [sys.executable, "-m", "litgpt", "serve", str(folder), "--port", "0", "--accelerator", "cpu", *flags]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        line = server.stdout.readline()
-        assert " on http://127.0.0.1:" in line
-        yield server, line.rsplit(" ", 1)[1].strip()
-    finally:
-        server.kill()
-        server.wait()
-        server.stdout.close()
+FLAGS = ["--accelerator", "cpu", "--temperature", "0", "--max_length", "32768"]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +26,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(browser, folder) -> Iterator[str]:
-    with served(folder, "--api_key", KEY, "--temperature", "0", "--max_length", "32768") as (_, found):
-        yield found
+def address(browser, folder, tmp_path_factory) -> Iterator[str]:
+    with served(folder, tmp_path_factory.mktemp("served"), "--api_key", KEY, *FLAGS) as server:
+        yield server.output.split()[-1]
 
 
 @pytest.fixture
@@ -123,17 +106,17 @@ def test_a_wrong_key_is_asked_for_again(browser, address):
     reader.context.close()
 
 
-def test_a_server_that_ends_says_so_in_the_page(browser, folder):
-    with served(folder, "--grace", "0", "--temperature", "0", "--max_length", "32768") as (server, address):
-        reader = Reader(browser, address)
+def test_a_server_that_ends_says_so_in_the_page(browser, folder, tmp_path):
+    with served(folder, tmp_path, "--grace", "0", *FLAGS) as server:
+        reader = Reader(browser, server.output.split()[-1])
         set_field(reader, "max_tokens", "30000")
         reader.ask("Once upon a time", waits=False)
         reader.until("document.querySelector('.answer')?.innerText.length > 20")
-        server.send_signal(signal.SIGTERM)
+        server.signal(TERM)
         reader.wait()
         assert reader.answers()[0]
         assert reader.note().startswith(("The server broke off: ", "The connection broke off"))
-        server.wait(20)
+        assert server.exit_code(20) == 0
         reader.page.click("text=Try again")
         reader.page.wait_for_selector("#toast >> text=The server cannot be reached.")
         assert reader.answers()[0]

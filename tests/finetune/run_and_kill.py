@@ -1,6 +1,5 @@
 """Training runs in other processes, forked from a server that has imported all they need: on several ranks, or killed."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import torch
+from forked import forkserver
 
 from litgpt import launch
 
@@ -47,11 +47,7 @@ def run_on_ranks(module: str, world: int, *args: Any, fits: bool = True, **optio
 
 
 def _start(module: str, kill_at: int, environment: dict[str, Any], args: tuple, options: dict[str, Any]) -> Any:
-    folder = Path(__file__).parent
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune.run_and_kill", "workers", "litgpt.finetune.lora", "litgpt.pretrain"])
-    process = context.Process(target=_run, args=(module, kill_at, environment, args, options), daemon=True)
+    process = forkserver().Process(target=_run, args=(module, kill_at, environment, args, options), daemon=True)
     process.start()
     return process
 

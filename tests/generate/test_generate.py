@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from forked import fork, run_litgpt
 from speaking import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -87,7 +88,7 @@ def test_an_answer_that_the_context_cuts_is_announced(folder, capsys):
         (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1"),
         (["--num_samples", "0"], "`num_samples` must be at least 1"),
         (["--prompt", "llama " * 400], "context is 256 tokens"),
-        (["--quantize", "bnb.nf4"], "`quantize` 'bnb.nf4' is not supported yet"),
+        (["--quantize", "bnb.nf3"], "bnb.nf4"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -128,13 +129,14 @@ def test_a_reader_that_stops_early_ends_the_program_quietly(folder):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
 @pytest.mark.parametrize("words", [["generate", "CKPT", "--max_new_tokens", "4"], ["finetune", "--help"], ["finetune", "--print_config"]])
-@pytest.mark.parametrize("buffered", ["", "1"])
-def test_output_that_cannot_be_written_is_one_sentence(folder, words, buffered):
-    words = [sys.executable, "-m", "litgpt", *(str(folder) if word == "CKPT" else word for word in words)]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": buffered})
-    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("Loaded ", "Time for inference "))]
-    assert done.returncode == 2 and len(lines) == 1 and "could not be written: the disk is full" in lines[0], done.stderr
+@pytest.mark.parametrize("is_buffered", [True, False])
+def test_output_that_cannot_be_written_is_one_sentence(folder, tmp_path, words, is_buffered):
+    words = [str(folder) if word == "CKPT" else word for word in words]
+    process = fork(run_litgpt, words, "/dev/full", tmp_path / "errors", is_buffered)
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    lines = [line for line in errors.splitlines() if line and not line.startswith(("Loaded ", "Time for inference "))]
+    assert process.exitcode == 2 and len(lines) == 1 and "could not be written: the disk is full" in lines[0], errors
 
 
 def test_an_error_in_the_middle_of_an_answer_begins_its_own_line(folder, capsys, monkeypatch):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from random import Random
 from time import monotonic
 
@@ -11,6 +9,7 @@ import jsonschema_rs
 import pytest
 import torch
 from answering import answer_all
+from generate.hostile import attempt
 from tiny import tiny_config
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
@@ -324,33 +323,6 @@ HOSTILE = {  # what once ended the process, or took minutes or gigabytes
     "not schemas": {"properties": [1], "anyOf": 3, "$ref": 5, "patternProperties": "x", "multipleOf": "2", "pattern": 1},
 }
 PATIENCE = 5  # seconds
-TRY = """
-import json, sys, threading, time
-from random import Random
-from litgpt.errors import UserError
-from litgpt.generate.grammar import compile_grammar
-from litgpt.tokenizer import Tokenizer
-tokenizer, made = Tokenizer(sys.argv[1]), sys.stdin.read()
-compile_grammar(tokenizer, 800, schema={})
-def attempt():
-    start = time.monotonic()
-    try:
-        grammar, random, slowest = compile_grammar(tokenizer, 800, schema=json.loads(made)), Random(0), 0
-    except UserError as error:
-        return print(json.dumps(dict(refused=str(error), seconds=time.monotonic() - start)))
-    seconds = time.monotonic() - start
-    for _ in range(100):
-        start = time.monotonic()
-        allowed = grammar.allowed().nonzero().flatten().tolist()
-        if grammar.is_finished or not allowed:
-            break
-        grammar.accept(random.choice(allowed))
-        slowest = max(slowest, time.monotonic() - start)
-    print(json.dumps(dict(seconds=seconds, slowest=slowest, error=grammar.error)))
-thread = threading.Thread(target=attempt)
-thread.start()
-thread.join()
-"""
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -361,10 +333,7 @@ def test_a_hostile_schema_neither_ends_the_process_nor_takes_long(name, byte_lev
         with pytest.raises(UserError, match="recursion"):
             schema_text(HOSTILE[name])
         return
-    command = ["bash", "-c", 'ulimit -s 2048; exec "$0" "$@"', sys.executable, "-c", TRY, str(byte_level.checkpoint_dir)]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-500:]
-    found = json.loads(done.stdout)
+    found = attempt(byte_level.checkpoint_dir, text)
     assert found["seconds"] < PATIENCE and found.get("slowest", 0) < 1
     assert "\n" not in (found.get("refused") or found.get("error") or "")
 

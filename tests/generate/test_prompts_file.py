@@ -5,11 +5,11 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+from forked import fork, run_litgpt
 from speaking import exact_llm, make_checkpoint
 
 from litgpt.cli import main as cli
@@ -155,13 +155,12 @@ def test_a_run_goes_on_where_it_was_stopped_and_drops_what_was_torn(folder):
 def test_a_killed_run_loses_no_whole_line(folder):
     write([{"prompt": f"Hello {i}", "max_new_tokens": 60} for i in range(60)])
     flags = ["--prompts", "prompts.jsonl", "--out", "out.jsonl", "--batch_size", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "litgpt", "generate", str(folder), *FLAGS, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    while process.poll() is None and (not os.path.exists("out.jsonl") or os.path.getsize("out.jsonl") < 3000):
+    process = fork(run_litgpt, ["generate", str(folder), *FLAGS, *flags], os.devnull, os.devnull)
+    while process.is_alive() and (not os.path.exists("out.jsonl") or os.path.getsize("out.jsonl") < 3000):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     with open("out.jsonl", "rb") as file:
         left = file.read()
     assert 0 < left.count(b"\n") < 60

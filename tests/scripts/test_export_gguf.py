@@ -366,17 +366,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
-def test_a_file_that_may_not_grow_is_one_sentence_and_leaves_nothing(tmp_path):
+def test_a_file_that_may_not_grow_is_one_sentence_and_leaves_nothing(tmp_path, capsys):
     tiny_checkpoint(tmp_path / "model", "llama")
-    limit = 2**17
-    done = subprocess.run(
-        [sys.executable, "-m", "litgpt", "export_gguf", "model", "model.gguf"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 2 and "grow beyond what the system allows" in done.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, hard))
+    try:
+        assert cli.main(["export_gguf", str(tmp_path / "model"), str(tmp_path / "model.gguf")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "grow beyond what the system allows" in capsys.readouterr().err
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 

