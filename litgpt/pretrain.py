@@ -35,6 +35,7 @@ from litgpt.run import (
     sample_length,
 )
 from litgpt.run_folder import check_room, run_folder, step_to_resume, write_options
+from litgpt.run_state import saved_precision
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, Sample, check_limits, data_share, forward_backward, seed_generators
@@ -106,7 +107,7 @@ def setup(
     check_options(train, eval, model_config, initial_checkpoint_dir, data)
     out_dir = run_folder(out_dir)
     resumed = step_to_resume(out_dir, resume, overwrite)
-    precision = training_precision(precision, any_frozen=False)
+    precision = training_precision(precision or saved_precision(resumed), any_frozen=False)
     if resumed is not None and initial_checkpoint_dir is None:
         initial_checkpoint_dir = read_hyperparameters(resumed).get("initial_checkpoint_dir")
     origin = find_origin(model_name, model_config, initial_checkpoint_dir, tokenizer_dir, train)

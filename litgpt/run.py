@@ -84,11 +84,11 @@ def together(fabric: Fabric) -> Iterator[None]:
     except Exception as caught:
         error = caught
     if fabric.world_size > 1:
-        code = 0 if error is None else 2 if isinstance(error, UserError) else 1  # see `cli.main`
-        codes = fabric.all_gather(torch.tensor(code, device=fabric.device)).tolist()
-        first = next((rank for rank, code in enumerate(codes) if code), None)
-        if first not in (None, fabric.global_rank):
-            raise SystemExit(codes[first])
+        codes = torch.zeros(fabric.world_size, device=fabric.device)
+        codes[fabric.global_rank] = 0 if error is None else 2 if isinstance(error, UserError) else 1  # see `cli.main`
+        failed = [(rank, int(code)) for rank, code in enumerate(fabric.all_reduce(codes, reduce_op="sum").tolist()) if code]
+        if failed and failed[0][0] != fabric.global_rank:
+            raise SystemExit(failed[0][1])
     if error is not None:
         raise error
 

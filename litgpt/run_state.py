@@ -235,6 +235,12 @@ def saved_counters(folder: Path) -> dict[str, Any]:
     return _read_state(folder)["counters"]
 
 
+def saved_precision(resumed: Path | None) -> str | None:
+    """Return the precision of a step that is resumed, for the one that this machine would choose today may be another; None without it."""
+    saved = None if resumed is None else saved_counters(resumed).get("precision")
+    return saved if isinstance(saved, str) else None
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / names.RUN_STATE / names.STATE
     if not is_file(path):

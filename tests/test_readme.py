@@ -14,13 +14,15 @@ What is put in the place of the real world, and nothing else:
   they talk. It ends, as by Ctrl-C, where the page starts the next one, or with the page. Its port is a free one: the pages say 8000.
 - Lines of the programs in `SHELL` are run by bash, if they are installed; curl fails where a server answers with an error.
 - Chat models of the families in `CALLING` have a chat template that knows functions, as the real ones do.
-- Lines in `NOT_RUN` are not run, for the reason beside them; any other line that is neither `litgpt ...` nor `python FILE ...` nor of a
-  program in `SHELL` fails.
+- A command on several devices runs in a process of its own, for it is started once for each of them.
+- Lines in `NOT_RUN` are not run, for the reason beside them, nor are those that begin as in `ELSEWHERE`; any other line that is
+  neither `litgpt ...` nor `python FILE ...` nor of a program in `SHELL` fails.
 
 Blocks of the kinds text, json and yaml show output and data; json and yaml must be valid.
 """
 
 import gc
+import gzip
 import io
 import json
 import os
@@ -28,6 +30,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -37,6 +40,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import test_names
 import torch
 import vocabularies
 import yaml
@@ -46,6 +50,7 @@ from page_server import PageServer, run_shell
 from speaking import TEMPLATE
 from tiny import tiny_config
 
+import litgpt.data
 from litgpt import cli
 from litgpt.checkpoint import write_checkpoint
 from litgpt.config import known_names
@@ -67,14 +72,19 @@ GATED = {"meta-llama/Llama-3.2-1B-Instruct": "hf_YourToken"}
 
 FINETUNE = (
     "--train.max_steps 2 --train.lr_warmup_steps 1 --train.global_batch_size 2 --train.save_interval 1 --train.max_seq_length 256 "
-    "--eval.max_new_tokens 4"
+    "--eval.interval 1 --eval.max_new_tokens 4"
 )
 SHRUNK = {
     "finetune": FINETUNE,
     "finetune_lora": FINETUNE,
     "finetune_full": FINETUNE,
+    "finetune_adapter": FINETUNE,
+    "finetune_adapter_v2": FINETUNE,
     "pretrain": "--train.max_tokens 300 --train.max_seq_length 32 --train.global_batch_size 4 --train.save_interval 1",
     "generate": "--max_new_tokens 8",
+    "generate_full": "--max_new_tokens 8",
+    "generate_adapter": "--max_new_tokens 8",
+    "generate_adapter_v2": "--max_new_tokens 8",
     "chat": "--max_new_tokens 8",
 }
 NAMES = {r"step-\d{6}": "step-000002"}
@@ -86,24 +96,47 @@ NOT_RUN = {
     "make quickstart": ".ci/run runs it, and it needs the package index",
     "make test": ".ci/run runs it: it runs this test",
     "pip install -e '.[all]'": "needs the package index; the Makefile runs it with the extra [test]",
+    "sbatch examples/slurm.sh": "needs a cluster; tests/test_slurm_script.py runs the script with stand-ins",
     "tensorboard --logdir out/pretrained-model/logs": "shows a web page until it is stopped",
     'litgpt evaluate HuggingFaceTB/SmolLM2-135M-Instruct --tasks "hellaswag,mmlu" --batch_size 8': "needs the tasks' data from the hub",
+    "litgpt preview_data Qwen/Qwen3-0.6B --data HF --data.repo_id openai/gsm8k --data.name main --data.val_split test": "needs the hub",
 }
+ELSEWHERE = ("torchrun ", "NODE_RANK=")  # which need two machines
 
 ANIMALS = ["llama", "fox", "owl", "hare", "carp", "newt", "lark", "seal", "toad", "wren", "goat", "mole"]
 PAIRS = [{"instruction": f"What does the {animal} eat?", "input": "", "output": f"The {animal} eats what it finds."} for animal in ANIMALS]
 CHATS = [
     {"messages": [{"role": "user", "content": pair["instruction"]}, {"role": "assistant", "content": pair["output"]}]} for pair in PAIRS
 ]
+TURNS = [{"turns": [{"speaker": "human", "text": pair["instruction"]}, {"speaker": "bot", "text": pair["output"]}]} for pair in PAIRS]
+FAQ = [{"title": pair["instruction"], "reply": pair["output"], "votes": 1} for pair in PAIRS]
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CALLS = [
+    {
+        "tools": [{"type": "function", "function": WEATHER}],
+        "messages": [
+            {"role": "user", "content": f"Is there rain in {city}?"},
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}]},
+            {"role": "tool", "content": "rain"},
+            {"role": "assistant", "content": "Yes, it rains."},
+        ],
+    }
+    for city in ("Oslo", "Rome")
+]
 QUESTIONS = [{"question": f"What does the {animal} eat?", "choices": ["what it finds", animal], "answer": 0} for animal in ANIMALS]
 CALLING_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] or '' }}"
     "{% for call in message.tool_calls or [] %}"
     '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PROSE = "".join(f"Once upon a time there was a {animal}, and it ate what it found.\n" for animal in ANIMALS)
+
+
+def lines(records: list[dict]) -> str:
+    """The records as JSON lines."""
+    return "\n".join(map(json.dumps, records))
 
 
 def _tiny_config(path: Path) -> None:
@@ -121,13 +154,18 @@ def _litgpt_folder(path: Path) -> None:
 
 FILES: dict[str, Callable[[Path], object]] = {
     "data.json": lambda path: path.write_text(json.dumps(PAIRS)),
-    "data.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, PAIRS))),
+    "data.jsonl": lambda path: path.write_text(lines(PAIRS)),
+    "data.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(PAIRS).encode())),
+    "data.csv": lambda path: path.write_text("\n".join(["question,answer", *(f"{p['instruction']},{p['output']}" for p in PAIRS)])),
     "data.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), path),
-    "chats.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, CHATS))),
+    "chats.jsonl": lambda path: path.write_text(lines(CHATS)),
+    "turns.jsonl": lambda path: path.write_text(lines(TURNS)),
+    "tools.jsonl": lambda path: path.write_text(lines(CALLS)),
+    "faq.jsonl": lambda path: path.write_text(lines(FAQ)),
     "data/train.json": lambda path: path.write_text(json.dumps(PAIRS)),
     "data/val.json": lambda path: path.write_text(json.dumps(PAIRS[:2])),
     "data/alpaca/alpaca_data_cleaned_archive.json": lambda path: path.write_text(json.dumps(PAIRS * 10)),
-    "questions.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, QUESTIONS))),
+    "questions.jsonl": lambda path: path.write_text(lines(QUESTIONS)),
     "custom_texts/animals.txt": lambda path: path.write_text(PROSE),
     "custom_texts/more.txt": lambda path: path.write_text(PROSE[::-1]),
     "validation_texts/held_out.txt": lambda path: path.write_text(PROSE.upper()),
@@ -180,6 +218,17 @@ def test_the_lines_that_are_not_run_stand_in_pages():
     assert set(NOT_RUN) <= lines
 
 
+def test_the_page_for_litgpts_users_names_what_is_different_and_what_is_missing():
+    page = ROOT / "tutorials/moving_from_litgpt.md"
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
+    wanted = [name for name in test_names.LATER if re.fullmatch(r"\w+|litgpt\.data\.\w+", name)]
+    unnamed = [name for name in [*test_names.CHANGED, *test_names.NOT_KEPT, *wanted] if re.findall(r"\w+", name)[-1] not in words]
+    assert not unnamed, "changed, dropped or missing, but not in the page"
+    missing = re.findall(r"`(\w+)`", text.rpartition("## Not there yet")[2])
+    assert missing and not [name for name in missing if name in cli.COMMANDS or hasattr(litgpt.data, name)], "the page says it is not there"
+
+
 def test_the_readme_is_short():
     assert len(PAGES[0].read_text().splitlines()) <= 200
 
@@ -212,7 +261,7 @@ def check_records(content: object) -> None:
 
 def run_line(line: str, place: str, server: PageServer) -> None:
     """Run one line of a shell block."""
-    if not line or line.startswith("#") or line in NOT_RUN:
+    if not line or line.startswith(("#", *ELSEWHERE)) or line in NOT_RUN:
         return
     for pattern, name in NAMES.items():
         line = re.sub(pattern, name, line)
@@ -227,7 +276,10 @@ def run_line(line: str, place: str, server: PageServer) -> None:
     if program in SHELL:
         assert (problem := run_shell(line)) is None, f"{place}: {line}\n{problem}"
         return
-    if program == "litgpt":
+    if program == "litgpt" and "--devices" in argv and "--dry_run" not in argv:
+        command = [sys.executable, "-m", "litgpt", *argv, *flags_for(argv)]
+        status = subprocess.run(command, env=os.environ | variables, timeout=300).returncode
+    elif program == "litgpt":
         with own_process(variables.get("PYTHONPATH") == "."):
             prepare_process(argv, variables)
             status = cli.main(argv + flags_for(argv))
@@ -304,7 +356,8 @@ def stand_in(tmp_path_factory) -> Callable[[str, bool], Path]:
         if (family, chats) not in made:
             template = {"chat_template": CALLING_TEMPLATE if family in CALLING else TEMPLATE} if chats else {}
             tokenizer = vocabularies.write(folder / f"{family}-{chats}-tokenizer", "byte_level", **template)
-            config = tiny_config(family, vocab_size=640, padded_vocab_size=640, block_size=512)
+            deep = {"n_layer": 3} if family == "llama" else {}  # Adapter's prefixes begin in the third layer
+            config = tiny_config(family, **deep, vocab_size=640, padded_vocab_size=640, block_size=512)
             made[family, chats] = folder / f"{family}-{chats}"
             write_checkpoint(made[family, chats], GPT(config).state_dict(), config, source=tokenizer)
         return made[family, chats]

@@ -44,6 +44,7 @@ from litgpt.run import (
     sample_length,
 )
 from litgpt.run_folder import check_room, run_folder, step_to_resume, write_options
+from litgpt.run_state import saved_precision
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, check_limits, forward_backward, seed_generators
@@ -143,9 +144,9 @@ def finetune(
     """
     hyperparameters = options_of(locals())
     check_options(method, train, eval, optimizer, devices, profile)
-    precision = training_precision(precision, any_frozen=method.freezes)
     out_dir = run_folder(out_dir)
     resumed = None if dry_run else step_to_resume(out_dir, resume, overwrite)
+    precision = training_precision(precision or saved_precision(resumed), any_frozen=method.freezes)
     folder = find_base(checkpoint_dir, access_token, needs_weights=not dry_run)
     hyperparameters |= method.options | {"checkpoint_dir": str(folder)}
     config, data = Config.from_checkpoint(folder), data or Alpaca()
@@ -283,7 +284,7 @@ def prepared_model(
     model = load_model(folder)
     check_finite(model, folder)
     base, initial = Base(folder, model.config, model.transformer.wte.weight.dtype), fingerprint(model)
-    check_ties(train, base.config)
+    check_architecture(train, base.config)
     if method.quantize is not None:
         quantize_model(model, method.quantize, PRECISIONS[precision].frozen, device)
     method.prepare(model, seed)
@@ -348,8 +349,10 @@ def peak_of_all(fabric: Fabric, precision: str) -> float | None:
     return None if peak is None else peak * fabric.world_size
 
 
-def check_ties(train: TrainArgs, config: Config) -> None:
+def check_architecture(train: TrainArgs, config: Config) -> None:
     """Raise a UserError if the options ask for another model than the one that is finetuned."""
+    if train.expert_balance and not config.n_expert:
+        raise UserError("`train.expert_balance` is for models with experts, but this one has none. Leave it out.")
     if train.tie_embeddings not in (None, config.tie_embeddings):
         raise UserError(
             f"`train.tie_embeddings` is {train.tie_embeddings}, but the model is built the other way. Leave it out in finetuning."

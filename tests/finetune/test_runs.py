@@ -31,7 +31,7 @@ from litgpt.finetune import full, loop, lora
 from litgpt.metrics import Journal
 from litgpt.run import VOTE_EVERY
 from litgpt.run_folder import delete_old_steps, is_link
-from litgpt.run_state import latest_step
+from litgpt.run_state import latest_step, saved_counters
 from litgpt.training import StopRequest, steps
 
 TRAIN = dict(global_batch_size=4, micro_batch_size=2, max_steps=5, save_interval=None)
@@ -164,6 +164,12 @@ def test_a_file_in_the_place_of_the_logs_is_one_sentence(run, tmp_path: Path):
     (tmp_path / "out" / "logs").touch()
     with pytest.raises(UserError, match="there is a file of this name"):
         run()
+
+
+def test_a_mistake_that_the_first_rank_finds_ends_the_others_without_a_traceback(base: Path, samples: Path, tmp_path: Path):
+    options = arguments(samples, tmp_path / "out", {}, {})
+    codes = run_on_ranks("litgpt.finetune.lora", 2, base, **options | dict(data=JSON(json_path=tmp_path / "nowhere.json")))
+    assert codes == [1, 2], "the first has the error, which the command line turns into a sentence and the code that the other has"
 
 
 # Links, and which steps are kept
@@ -448,3 +454,10 @@ def test_links_are_told_from_what_looks_like_them(tmp_path: Path):
         (tmp_path / name).symlink_to(target)
         assert is_link(tmp_path / name) is ours
     assert not is_link(tmp_path / "step-000001") and not is_link(tmp_path / "nowhere")
+
+
+def test_without_a_precision_a_resumed_run_keeps_its_own(run, monkeypatch: pytest.MonkeyPatch):
+    run(train=dict(max_steps=2, save_interval=2))
+    monkeypatch.setitem(loop.training_precision.__globals__, "compute_dtype", lambda accelerator: torch.bfloat16)
+    resumed = run(train=dict(max_steps=4, save_interval=2), resume=True, precision=None)
+    assert saved_counters(resumed / "last")["step"] == 4 and saved_counters(resumed / "last")["precision"] == "32-true"
