@@ -131,6 +131,7 @@ def setup(
     if origin.folder is not None:
         check_finite(model, origin.folder)
     model.expert_balance = EXPERT_BALANCE if train.expert_balance is None else train.expert_balance
+    model.n_recomputed = model.config.n_layer if train.activation_checkpointing == "full" else 0
     base = fingerprint(model) if origin.folder is not None else None
     dtype = written_dtype(model, origin, precision)
     cast_parameters(model, precision)
@@ -151,6 +152,8 @@ def setup(
         run.begin(resumed, hyperparameters)
         fit(run, samples, val_samples, eval, seed)
         run.finish(out_dir / names.FINAL, lambda weights: write_final(out_dir / names.FINAL, weights, origin, dtype, hyperparameters))
+        facts = {"model": origin.config.name, "trained": size, "samples": f"{len(samples):,}"}
+        run.report(hyperparameters, facts, out_dir / names.FINAL, log)
 
 
 def fit(run: Run, samples: Sequence[Sample], val_samples: Sequence[Sample], eval: EvalArgs, seed: int) -> None:
@@ -206,6 +209,10 @@ def check_options(
     check_limits(train, eval)
     if model_config is not None and initial_checkpoint_dir is not None:
         raise UserError("`model_config` describes a new model, and `initial_checkpoint_dir` keeps its own architecture. Give one of them.")
+    if train.packing == "global":
+        raise UserError("`train.packing` global is for finetuning; texts to pretrain on fill their rows anyway. Leave it out.")
+    if not isinstance(train.activation_checkpointing, str):
+        raise UserError("`train.activation_checkpointing` is 'none' or 'full' in pretraining; a budget in GB is for finetuning.")
     if eval.max_new_tokens is not None:
         raise UserError("`eval.max_new_tokens` is for the example answers of finetuning; pretraining shows none. Leave it out.")
     if data is None:

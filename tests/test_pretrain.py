@@ -375,3 +375,15 @@ def test_experts_are_balanced_unless_told_otherwise(run, tmp_path: Path):
     assert same == set(found[None]) and any("gate" in name for name in differs)
     with pytest.raises(UserError, match="`train.expert_balance` is a number of at least 0, but got -1"):
         run(model_config=tiny, train=dict(expert_balance=-1.0))
+
+
+def test_blocks_that_are_computed_again_change_nothing_and_the_run_leaves_a_report(run):
+    kept, again = (run(how, train=dict(max_steps=2, activation_checkpointing=how)) for how in ("none", "full"))
+    assert logged(kept, "loss") == logged(again, "loss")
+    assert "<svg" in (again / "report.html").read_text()
+
+
+@pytest.mark.parametrize("option", [dict(packing="global"), dict(activation_checkpointing=2.0)])
+def test_options_that_only_finetuning_has_are_refused(run, option):
+    with pytest.raises(UserError, match=next(iter(option))):
+        run(train=option)
