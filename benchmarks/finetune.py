@@ -24,7 +24,7 @@ from litgpt.lora import LoRA, add_lora
 from litgpt.optim import make_optimizer
 
 BATCH, LENGTH = 4, 256
-N_SAMPLES, MICRO, LONGEST = 64, 4, 1024  # of the rows with real lengths
+N_SAMPLES, MICRO, LONGEST = 16, 4, 1024  # of the rows with real lengths
 IGNORED = -100
 
 

@@ -41,7 +41,7 @@ def test_a_recipe_is_short_and_begins_with_what_it_does(recipe: Path):
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set on the disk in the place of the hub's."""
     file = tmp_path_factory.mktemp("alpaca") / "train.jsonl"
-    records = [{"instruction": f"Say {i}", "input": "", "output": "yes " * (1 + i % 5), "text": ""} for i in range(24)]
+    records = [{"instruction": f"Say {i}", "input": "", "output": "yes " * (1 + i % 5), "text": ""} for i in range(6)]
     file.write_text("\n".join(map(json.dumps, records)))
     return file.parent
 
@@ -57,3 +57,27 @@ def test_a_dry_run_of_a_recipe_passes(recipe: Path, instructions: Path, tmp_path
     said = capsys.readouterr().out
     assert "optimizer" in said and "steps" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["of 2024, with the optimizer under train", "with optimizer.init_args"])
+def test_recipes_as_litgpt_writes_them_load_unchanged(older: bool, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_tokenizer(tmp_path / "base")
+    write_config(tmp_path / "base", Config.from_name("Llama-3.2-1B", n_layer=2), None, torch.bfloat16)
+    of_data = dict(mask_prompt=False, val_split_fraction=0.05, prompt_style="alpaca", ignore_index=-100, seed=42, num_workers=4)
+    limits = dict(max_tokens=None, max_steps=None, max_norm=None, tie_embeddings=None, min_lr=6e-5, epochs=2, max_seq_length=64)
+    of_adamw = dict(lr=3e-4, weight_decay=0.02, betas=[0.8, 0.95])
+    now = {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": of_adamw}}
+    then = dict(learning_rate=3e-4, weight_decay=0.02, beta1=0.8, beta2=0.95)
+    recipe = {
+        "checkpoint_dir": str(tmp_path / "base"),
+        **dict(out_dir=str(tmp_path / "out"), precision="bf16-true", quantize="bnb.nf4", lora_r=8, lora_head=False, logger_name="csv"),
+        "data": {"class_path": "litgpt.data.Alpaca2k", "init_args": of_data | {"download_dir": "data/alpaca2k"}},
+        "train": dict(save_interval=200, global_batch_size=8, micro_batch_size=2, lr_warmup_steps=1) | limits | (then if older else {}),
+        **({} if older else now),
+    }
+    (file := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli.main(["finetune", "--config", str(file), "--print_config"]) == 0
+    read = yaml.safe_load(capsys.readouterr().out)
+    assert {key: read["optimizer"][key] for key in of_adamw} == of_adamw
+    assert cli.main(["finetune", "--data.repo_id", str(instructions), "--config", str(file), "--dry_run", "true"]) == 0
+    assert "steps" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from rich.text import Text
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint import described_by
 from litgpt.config import Config
-from litgpt.data import DataModule
+from litgpt.data import Alpaca, DataModule
 from litgpt.data.packing import PackedSamples, Sample
 from litgpt.errors import UserError
 from litgpt.hardware import compute_dtype, peak_flops
@@ -38,7 +38,7 @@ MARKS, PLAIN_MARKS = ("⟦", "⟧"), ("[[", "]]")  # around what is trained on, 
 def preview_data(
     checkpoint_dir: Path,
     *,
-    data: DataModule,
+    data: DataModule | None = None,
     train: TrainArgs = TRAIN,
     n_samples: int = 3,
     seed: int = 1337,
@@ -52,7 +52,7 @@ def preview_data(
     Args:
         checkpoint_dir: The model to be finetuned, whose tokenizer and prompt style are used: a folder, a name in `checkpoints/`, or an
             `ORG/NAME` that is downloaded from the hub.
-        data: The samples, such as `JSON` with `--data.json_path FILE`.
+        data: The samples, such as `JSON` with `--data.json_path FILE`. By default Alpaca, as in `finetune`.
         train: Batch sizes, the longest sample, and packing.
         n_samples: How many samples to show.
         seed: Of the order of the samples, as in `finetune`.
@@ -65,7 +65,7 @@ def preview_data(
         raise UserError("`train.global_batch_size` is a number of samples, but got null.")
     folder = described_by(find_checkpoint(checkpoint_dir, access_token=access_token, needs_weights=False))
     tokenizer, config = Tokenizer(folder), Config.from_checkpoint(folder)
-    samples, val_samples = read(data, tokenizer, config, train)
+    samples, val_samples = read(data or Alpaca(), tokenizer, config, train)
     console = Console()
     coloured = console.color_system is not None and not console.no_color
     for index in range(min(n_samples, len(samples))):

@@ -8,15 +8,10 @@ import yaml
 
 from litgpt import data as data_sets
 from litgpt import prompts
-from litgpt.cli import make_parser
 from litgpt.data import FLAN, LIMA, Alpaca, Alpaca2k, AlpacaGPT4, Deita, Dolly, LongForm, flan, longform
 from litgpt.data.base import SFTModule
 from litgpt.errors import UserError
-from litgpt.finetune import lora
-from litgpt.recipes import Options, rewritten
 
-RECIPES = sorted(Path(__file__).parents[3].glob("shared/reference/recipes/*.yaml"))
-RECIPES = [path for path in RECIPES if "Alpaca2k" in path.read_text()]
 CHAT = [{"role": role, "content": text} for role, text in [("user", "1?"), ("assistant", "Yes."), ("user", "2?"), ("assistant", "No.")]]
 
 
@@ -140,14 +135,3 @@ def test_a_token_is_not_among_the_arguments_that_a_run_writes_down():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_data_set_is_known_by_its_name(kind):
     assert getattr(data_sets, kind.__name__) is kind and kind.__name__ in data_sets.__all__
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_the_data_set_of_a_published_recipe_is_understood(recipe, tmp_path):
-    wanted = yaml.safe_load(recipe.read_text())["data"]
-    (file := tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": wanted}))
-    parser = make_parser(lora.setup, "finetune")
-    got = parser.instantiate(parser.parse_args(rewritten(Options(parser, "finetune"), ["m", "--config", str(file)], {}))).data
-    assert type(got) is Alpaca2k
-    for name, value in wanted["init_args"].items():
-        assert getattr(got, name) == (Path(value) if name == "download_dir" else value)
