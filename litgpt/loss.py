@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a target that does not count
-CPU_CHUNK, CHUNK = 64, 512  # how many tokens have logits at the same time
+CHUNK = 256  # how many tokens have logits at the same time
+CPU_CHUNK = 64  # a CPU's caches hold what so few take, but a head that is trained is read anew for each chunk
 
 
 class Loss(NamedTuple):
@@ -39,10 +40,10 @@ def token_nll(
         hidden: (B, T, C)
         targets: (B, T), the id that follows each token; -100 does not count. Beside hidden states on a GPU they may lie on the CPU, where
             counting them waits for nothing.
-        chunk: How many tokens have logits at the same time; by default few on a CPU, whose caches then hold what is computed.
+        chunk: How many tokens have logits at the same time; by default few where the head is not trained and on a CPU.
         finish: What the head's output has to pass to become logits (scaling, soft-capping).
     """
-    chunk = chunk or (CPU_CHUNK if hidden.device.type == "cpu" else CHUNK)
+    chunk = chunk or (CPU_CHUNK if hidden.device.type == "cpu" and _is_frozen(head) else CHUNK)
     rows, following = hidden.flatten(0, 1), targets.flatten().long()
     counted = (following != IGNORED).nonzero().squeeze(1)  # (n,)
     if is_partial := len(counted) < len(following):
