@@ -12,6 +12,9 @@ IGNORED = -100  # a target that does not count
 CHUNK = 256  # how many tokens have logits at the same time
 CPU_CHUNK = 64  # a CPU's caches hold what so few take, but a head that is trained is read anew for each chunk
 
+Head = Callable[[Tensor], Tensor]
+Finish = Callable[[Tensor], Tensor]
+
 
 class Loss(NamedTuple):
     """What a forward pass with targets returns. Divide by the targets of the whole step, not of one microbatch."""
@@ -21,19 +24,33 @@ class Loss(NamedTuple):
     aux: Tensor | float = 0.0  # of experts
 
 
-def token_nll(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    targets: Tensor,
-    chunk: int | None = None,
-    finish: Callable[[Tensor], Tensor] = lambda logits: logits,
-) -> Tensor:
+def as_is(logits: Tensor) -> Tensor:
+    """Return the logits."""
+    return logits
+
+
+def total_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = None, finish: Finish = as_is) -> Tensor:
+    """Return the sum of what `token_nll` returns, which takes the same arguments; faster where gradients are wanted.
+
+    In the sum all tokens count alike, so their gradients are computed while their logits are there, and the backward pass only has to
+    scale them. Under fp16 they would underflow without the loss's scale, and a head that is a plain function does not say what it trains:
+    those compute their logits once more.
+    """
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad] if isinstance(head, nn.Module) else None
+    in_graph = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
+    nothing_counts = not bool((targets != IGNORED).any())
+    if trained is None or not in_graph or nothing_counts or torch.float16 in (hidden.dtype, _autocast_dtype(hidden)):
+        return token_nll(head, hidden, targets, chunk, finish).sum()
+    rows, following, _ = _counted(hidden, targets)
+    return _Total.apply(head, finish, rows, following, chunk or _chunk(hidden, trained), *trained)
+
+
+def token_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = None, finish: Finish = as_is) -> Tensor:
     """Return the negative log-likelihood of every target, (B, T), 0 where it is ignored; in fp32, or fp64 where the logits are.
 
-    Tokens whose target is ignored never reach the head, and only `chunk` tokens have logits at a time. Where the head is not trained,
-    their gradients are computed at once, while the logits are there; else the backward pass computes the logits again. `head` is called,
-    not unpacked, so that any layer may stand there (LoRA, quantized, sharded); it is called at least once, so that the result has a
-    gradient on every rank.
+    Tokens whose target is ignored never reach the head, and only `chunk` tokens have logits at a time: the backward pass computes them
+    again. `head` is called, not unpacked, so that any layer may stand there (LoRA, quantized, sharded); it is called at least once, so
+    that the result has a gradient on every rank.
 
     Args:
         head: Turns (n, C) into logits (n, V), each row by itself.
@@ -43,15 +60,31 @@ def token_nll(
         chunk: How many tokens have logits at the same time; by default few where the head is not trained and on a CPU.
         finish: What the head's output has to pass to become logits (scaling, soft-capping).
     """
-    chunk = chunk or (CPU_CHUNK if hidden.device.type == "cpu" and _is_frozen(head) else CHUNK)
+    rows, following, counted = _counted(hidden, targets)
+    trained = not isinstance(head, nn.Module) or any(parameter.requires_grad for parameter in head.parameters())
+    size = chunk or _chunk(hidden, trained)
+    pairs = list(zip(rows.split(size), following.split(size), strict=True))
+    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
+        *early, last = pairs  # the last one's backward pass comes first, so keeping its logits costs nothing at the peak
+        parts = [checkpoint(_nll, head, finish, h, t, use_reentrant=False) for h, t in early] + [_nll(head, finish, *last)]
+    else:
+        parts = [_nll(head, finish, h, t) for h, t in pairs]
+    nll = torch.cat(parts)
+    return (nll if counted is None else nll.new_zeros(targets.numel()).index_copy(0, counted, nll)).view_as(targets)
+
+
+def _counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the hidden states whose targets count, (n, C), those targets, and where they stand among all, None if they are all.
+
+    There is at least one, whose target is ignored if need be.
+    """
     rows, following = hidden.flatten(0, 1), targets.flatten().long()
     counted = (following != IGNORED).nonzero().squeeze(1)  # (n,)
-    if is_partial := len(counted) < len(following):
-        counted = counted if len(counted) else counted.new_zeros(1)
-        following, counted = following[counted], _beside(hidden, counted)
-        rows = rows.index_select(0, counted)
-    nll = _by_chunk(head, finish, rows, _beside(hidden, following), chunk)
-    return (nll.new_zeros(targets.numel()).index_copy(0, counted, nll) if is_partial else nll).view_as(targets)
+    if len(counted) == len(following):
+        return rows, _beside(hidden, following), None
+    counted = counted if len(counted) else counted.new_zeros(1)
+    following, counted = _beside(hidden, following[counted]), _beside(hidden, counted)
+    return rows.index_select(0, counted), following, counted
 
 
 def _beside(hidden: Tensor, values: Tensor) -> Tensor:
@@ -61,52 +94,49 @@ def _beside(hidden: Tensor, values: Tensor) -> Tensor:
     return (values.pin_memory() if hidden.is_cuda else values).to(hidden.device, non_blocking=True)
 
 
-def _by_chunk(head: Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """Return the losses of all rows, (n,)."""
-    at_once = _is_frozen(head) and hidden.dtype != torch.float16 and not torch.is_autocast_enabled(hidden.device.type)
-    if torch.is_grad_enabled() and hidden.requires_grad and at_once:
-        return _AtOnce.apply(head, finish, hidden, targets, chunk)
-    pairs = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
-    if not (torch.is_grad_enabled() and hidden.requires_grad):
-        return torch.cat([_nll(head, finish, h, t) for h, t in pairs])
-    *early, last = pairs  # the last one's backward pass comes first, so keeping its logits costs nothing at the peak
-    return torch.cat([checkpoint(_nll, head, finish, h, t, use_reentrant=False) for h, t in early] + [_nll(head, finish, *last)])
+def _chunk(hidden: Tensor, trained: bool) -> int:
+    return CPU_CHUNK if hidden.device.type == "cpu" and not trained else CHUNK
 
 
-def _nll(head: Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _nll(head: Head, finish: Finish, hidden: Tensor, targets: Tensor) -> Tensor:
     logits = finish(head(hidden))
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=IGNORED, reduction="none")
 
 
-def _is_frozen(head: Callable[[Tensor], Tensor]) -> bool:
-    return isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
+class _Total(torch.autograd.Function):
+    """The sum of the losses of all rows, whose gradients are made in the forward pass, chunk by chunk.
 
-
-class _AtOnce(torch.autograd.Function):
-    """Losses whose gradients are computed in the forward pass: a row's loss depends on that row alone, so they only have to be scaled.
-
-    Losses and gradients are made before the first chunk. Small tensors that outlive a chunk would lie between the large ones of it and the
-    next, and the C library could give none of them back: a fifth of a step's memory.
+    They are made before the first chunk. Small tensors that outlive a chunk would lie between the large ones of it and the next, and the
+    C library could give none of them back: a fifth of a step's memory.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, head: Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int
-    ) -> Tensor:
-        gradients = torch.empty_like(hidden)
-        losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    def forward(ctx: Any, head: Head, finish: Finish, hidden: Tensor, targets: Tensor, chunk: int, *trained: Tensor) -> Tensor:
+        gradients = [torch.empty_like(hidden), *map(torch.zeros_like, trained)]
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for start in range(0, len(hidden), chunk):
             at = slice(start, start + chunk)
+            some, following = hidden[at].detach().requires_grad_(), targets[at]
             with torch.enable_grad():
-                some = hidden[at].detach().requires_grad_()
-                found = _nll(head, finish, some, targets[at])
-                gradients[at] = torch.autograd.grad(found.sum(), some)[0]
-            losses[at] = found.detach()
-            del found
-        ctx.save_for_backward(gradients)
-        return losses
+                logits = finish(head(some))
+            log_p = logits.detach().to(total.dtype).log_softmax(-1)
+            total += F.nll_loss(log_p, following, reduction="sum")
+            p = log_p.exp_()
+            p[torch.arange(len(p), device=p.device), following] -= 1  # the gradient at the logits
+            of_rows, *of_trained = torch.autograd.grad(logits, [some, *trained], p.to(logits.dtype))
+            gradients[0][at] = of_rows
+            for gradient, more in zip(gradients[1:], of_trained, strict=True):
+                gradient += more
+            del some, logits, log_p, p, of_rows, of_trained
+        ctx.save_for_backward(*gradients)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None, None]:
-        (gradients,) = ctx.saved_tensors
-        return None, None, (gradients * grad.unsqueeze(-1)).to(gradients.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_rows, *of_trained = (gradient.mul_(grad) for gradient in ctx.saved_tensors)  # in place: a second pass is refused
+        return None, None, of_rows, None, None, *of_trained

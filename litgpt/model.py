@@ -18,7 +18,7 @@ from litgpt.attention import Context, Segments, attend, new_context
 from litgpt.cache import Cache, KeyValues, Latents, Span, State
 from litgpt.config import Config
 from litgpt.experts import LLaMAMoE, kept_router_logits, load_balancing_loss
-from litgpt.loss import IGNORED, Loss, token_nll
+from litgpt.loss import IGNORED, Loss, token_nll, total_nll
 from litgpt.recurrent import GatedDelta, ShortConvolution
 from litgpt.rope import Rope, rotated
 
@@ -117,12 +117,12 @@ class GPT(nn.Module):
             return x
         if targets is None:
             return self._finished(self.lm_head(x))
-        nll = token_nll(self.lm_head, x, targets, finish=self._finished)  # (B, T)
         if output == "token_nll":
-            return nll
+            return token_nll(self.lm_head, x, targets, finish=self._finished)
         config, real = self.config, None if positions is None else (positions >= 0).expand_as(idx)
         unevenness = load_balancing_loss(router_logits, config.n_expert, config.n_expert_per_token, real) if balanced else 0.0
-        return Loss(nll.sum(), (targets != IGNORED).sum(), self.expert_balance * unevenness)
+        nll = total_nll(self.lm_head, x, targets, finish=self._finished)
+        return Loss(nll, (targets != IGNORED).sum(), self.expert_balance * unevenness)
 
     def _finished(self, logits: Tensor) -> Tensor:
         """Return what the head's output has to become: scaled, and soft-capped."""

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.lora import LoRALinear
-from litgpt.loss import token_nll
+from litgpt.loss import token_nll, total_nll
 
 
 def setup(dtype=torch.float64):
@@ -27,17 +27,28 @@ def test_chunks_of_any_size_equal_plain_cross_entropy_and_its_gradients():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_a_frozen_head_gives_the_same_losses_and_gradients_and_is_called_once_a_chunk():
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_the_sum_has_the_losses_and_gradients_of_all_tokens_and_calls_the_head_once_a_chunk(trained):
     head, hidden, targets = setup()
-    weights = torch.randn(targets.shape, dtype=hidden.dtype)
-    expected = torch.autograd.grad((token_nll(head, hidden, targets) * weights).sum(), hidden)[0]
-    head.requires_grad_(False)
+    head.requires_grad_(trained)
+    wanted = [hidden, *(parameter for parameter in head.parameters() if trained)]
+    expected = (token_nll(head, hidden, targets) * 0.3).sum()
     calls = []
+    expected_gradients = torch.autograd.grad(expected, wanted)
     head.register_forward_hook(lambda *_: calls.append(1))
-    nll = token_nll(head, hidden, targets, chunk=7)
-    ours = torch.autograd.grad((nll * weights).sum(), hidden)[0]
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    total = total_nll(head, hidden, targets, chunk=7) * 0.3
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(total, wanted), expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert len(calls) == 3 == -(-int((targets != -100).sum()) // 7)
+
+
+def test_a_second_backward_pass_through_the_sum_is_refused_rather_than_wrong():
+    head, hidden, targets = setup()
+    total = total_nll(head, hidden, targets)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
@@ -45,7 +56,9 @@ def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
     head, hidden, targets = setup(torch.float32)
     whole = lambda h: made.append(h.shape[0]) or head(h)  # noqa: E731
     token_nll(whole, hidden, targets, chunk=4).sum().backward()
-    assert max(made) == 4
+    head.register_forward_pre_hook(lambda _, inputs: made.append(inputs[0].shape[0]))
+    total_nll(head, hidden, targets, chunk=4).backward()
+    assert max(made) == 4 and len(made) > 10
 
 
 def test_losses_of_bf16_logits_are_summed_in_fp32():
@@ -60,30 +73,32 @@ def test_a_batch_without_targets_has_loss_0_and_zero_gradients():
     assert loss == 0 and hidden.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("loss", [token_nll, total_nll])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("with_gradients", [True, False])
-def test_what_is_ignored_never_reaches_the_head(trained, with_gradients):
+def test_what_is_ignored_never_reaches_the_head(loss, trained, with_gradients):
     head, hidden, targets = setup()
     head.requires_grad_(trained)
     seen = []
     head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     with torch.set_grad_enabled(with_gradients):
-        nll = token_nll(head, hidden, targets, chunk=5)
+        nll = loss(head, hidden, targets, chunk=5)
     assert torch.equal(torch.cat(seen), hidden.detach().flatten(0, 1)[targets.flatten() != -100])
     if with_gradients:
         nll.sum().backward()
         assert hidden.grad[targets == -100].abs().max() == 0
 
 
+@pytest.mark.parametrize("loss", [token_nll, total_nll])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
-def test_all_ranks_run_the_same_passes_when_one_has_no_target(trained):
+def test_all_ranks_run_the_same_passes_when_one_has_no_target(loss, trained):
     head, hidden, targets = setup()
     head.requires_grad_(trained)
     calls = []
     head.register_forward_hook(lambda *_: calls.append(1))
-    nll = token_nll(head, hidden, torch.full_like(targets, -100))
+    nll = loss(head, hidden, torch.full_like(targets, -100))
     nll.sum().backward()
-    assert calls and nll.shape == targets.shape and hidden.grad.abs().max() == 0
+    assert calls and nll.sum() == 0 and hidden.grad.abs().max() == 0
     assert not trained or all(parameter.grad.abs().max() == 0 for parameter in head.parameters())
 
 
@@ -99,16 +114,17 @@ FINISHES = {"as is": lambda x: x, "scaled": lambda x: x * 0.3, "capped": lambda 
 
 @pytest.mark.parametrize("name", heads())
 @pytest.mark.parametrize("finish", FINISHES.values(), ids=FINISHES)
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-def test_dropping_what_is_ignored_equals_the_plain_loss(name, finish, autocast):
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("total", [True, False], ids=["total", "tokens"])
+def test_dropping_what_is_ignored_equals_the_plain_loss(name, finish, autocast, total):
     head, (_, hidden, targets) = heads()[name], setup(torch.float32)
     trained = [hidden, *(parameter for parameter in head.parameters() if parameter.requires_grad)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         logits = finish(head(hidden)).flatten(0, 1).float()
-        plain = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
-        ours = token_nll(head, hidden, targets, chunk=6, finish=finish).sum()
+        plain = F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+        ours = (total_nll if total else token_nll)(head, hidden, targets, chunk=6, finish=finish).sum() / (targets != -100).sum()
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
-    tolerance = 3e-2 if autocast else 1e-6  # gradients are rounded to bf16, here of a chunk and there of all tokens
+    tolerance = {None: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[autocast]  # gradients are rounded, here of a chunk and there of all tokens
     for found, expected in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(plain, trained), strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
