@@ -459,11 +459,12 @@ class _SmallRMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)
         x_wide, grad = x.to(wide), grad.to(wide)
-        scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + ctx.eps)  # (B, T, 1)
+        scale = torch.rsqrt(torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square() / x.size(-1) + ctx.eps)  # (B, T, 1)
         normed = x_wide * scale
-        weighted = grad * weight
-        grad_x = scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        products = grad * normed
+        along = (products @ weight.to(wide)).unsqueeze(-1) / x.size(-1)  # what of the gradient points along x, whose length does not count
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
+        grad_weight = products.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_x.to(x.dtype), grad_weight, None
 
 
