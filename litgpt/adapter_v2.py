@@ -17,6 +17,7 @@ from litgpt import model as base_model
 from litgpt.adapter import Block, CausalSelfAttention, Config, add_prefix, add_prefixes  # noqa: F401
 from litgpt.adapter import adapter_filter as prefix_filter
 from litgpt.experts import Experts, Rows
+from litgpt.lora import device_of, take_inside
 
 PREFIX = re.compile(r"transformer\.h\.(\d+)\.attn\.adapter_wte\.weight")
 
@@ -31,19 +32,10 @@ class AdapterV2Linear(nn.Module):
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
-        like = dict(device=linear.weight.device, dtype=torch.float32)
-        self.adapter_bias = nn.Parameter(torch.zeros(linear.out_features, **like))
-        self.adapter_scale = nn.Parameter(torch.ones(linear.out_features, **like))
-
-    @property
-    def in_features(self) -> int:
-        """The width of the input."""
-        return self.linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        """The width of the output."""
-        return self.linear.out_features
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        like = dict(device=device_of(linear), dtype=torch.float32)
+        self.adapter_bias = nn.Parameter(torch.zeros(self.out_features, **like))
+        self.adapter_scale = nn.Parameter(torch.ones(self.out_features, **like))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -52,7 +44,7 @@ class AdapterV2Linear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Take the weights of a plain linear layer under their own names."""
-        _move(state_dict, prefix, "linear", ("weight", "bias"))
+        take_inside(state_dict, prefix, "linear", ("weight", "bias"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -88,15 +80,8 @@ class AdapterV2Experts(Experts):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Take the weights of plain experts under their own names."""
-        _move(state_dict, prefix, "base", self.base._parameters)
+        take_inside(state_dict, prefix, "base", self.base._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _move(state_dict: dict[str, Tensor], prefix: str, inside: str, leaves: Any) -> None:
-    """Rename what belongs to a layer of this prefix to what it is called now that the layer is inside another one."""
-    for leaf in leaves:
-        if (key := prefix + leaf) in state_dict:
-            state_dict[f"{prefix}{inside}.{leaf}"] = state_dict.pop(key)
 
 
 def add_scales(model: nn.Module) -> None:

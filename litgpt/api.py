@@ -94,8 +94,8 @@ class LLM(nn.Module):
             access_token: A Hugging Face access token, for models that are downloaded and need one.
             distribute: "auto" puts the model on this machine's device, ready to answer. None leaves it to `distribute` or `trainer_setup`,
                 which are called later.
-            adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the pretrained model's weights, whatever model it was
-                trained beside.
+            adapter: A folder of LoRA updates, such as a PEFT adapter, or of what Adapter trained, to add to the pretrained model, whatever
+                model it names.
             quantize: In how few bits to hold the weights, see `distribute`.
 
         Raises:

@@ -51,7 +51,7 @@ class TrainArgs:
     """How many saved steps to keep; older ones are deleted, but never one that `best` or `last` names. By default all are kept."""
     expert_balance: float | None = None
     """How much a loss counts that spreads tokens evenly over experts. By default 0.001 in pretraining a model that has some, else 0.
-    It is computed for each microbatch, so it alone depends on `micro_batch_size`."""
+    It is computed for each microbatch, so it alone depends on `micro_batch_size`, `packing` and the number of devices."""
 
 
 @dataclass

@@ -316,14 +316,15 @@ def explained(message: str, options: Options) -> str:
         return options.unknown(f"{name}.{other[1]}", "--", option_names(class_path, name))
     if not name or not found:
         return f"`litgpt {options.command}`: " + " ".join(re.sub(r"<class '([\w.]+)'>", r"\1", message).split())
-    return f"`--{name}` " + wanted(block[: found.start()], found[1], name)
+    value = re.sub(r"^NestedArg\(key='[^']*', val=(.*)\)$", r"\1", found[1])
+    return f"`--{name}` " + wanted(block[: found.start()], value, name)
 
 
 def wanted(block: str, value: str, name: str) -> str:
     """Return the sentence's second half: what may stand there, and what stood there."""
     chosen = re.search(r"given class_path '([^']+)':\s*(.*)", block)
     if chosen or "import path" in block or "subclass of" in block:
-        path = re.search(r"import path string: (\S+)", block)
+        path = re.search(r"import path (?:string|format): (\S+)", block)
         value, because = (chosen[1], f" ({chosen[2]})") if chosen else (path[1] if path else value, "")
         known = data_names() if name in ("data", "data.sources") else []
         listed = f"one of {', '.join(known)}, or " if known else ""

@@ -179,6 +179,8 @@ def _check_started(n_local: int, num_nodes: int) -> None:
     if dist.is_torchelastic_launched():
         starter, n_started, n_here = "torchrun", int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     elif "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
+        if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise UserError("SLURM's `--ntasks` does not say how many processes each machine gets. Give it `--ntasks-per-node` instead.")
         n_started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # which only srun sets: a batch script itself is one process
         starter, n_here = "SLURM", max(1, n_started // int(os.environ.get("SLURM_STEP_NUM_NODES", "1")))
     else:
@@ -188,6 +190,13 @@ def _check_started(n_local: int, num_nodes: int) -> None:
             f"`devices` is {n_local} and `num_nodes` {num_nodes}, but {starter} started {n_started} processes, {n_here} of them here. "
             f"Give `--devices {n_here} --num_nodes {n_started // n_here}`, or start as many as you mean."
         )
+    if starter == "SLURM" and n_started > 1:  # for as many Lightning wants the job to be
+        asked = int(os.environ.get("SLURM_NTASKS_PER_NODE", n_local)), int(os.environ.get("SLURM_NNODES", num_nodes))
+        if asked != (n_local, num_nodes):
+            raise UserError(
+                f"`devices` is {n_local} and `num_nodes` {num_nodes}, but SLURM was asked for {asked[0]} processes on each of {asked[1]} "
+                f"machines. Ask it for `--nodes {num_nodes} --ntasks-per-node {n_local}`."
+            )
 
 
 def _strategy(name: str, world: int, tensor_parallel: int, cpu_offload: bool, on_cpu: bool) -> Strategy | str:

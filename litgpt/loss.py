@@ -38,10 +38,11 @@ def total_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = N
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad] if isinstance(head, nn.Module) else None
     in_graph = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    nothing_counts = not bool((targets != IGNORED).any())
+    counted = _counted(targets)
+    nothing_counts = counted is not None and not len(counted)
     if trained is None or not in_graph or nothing_counts or torch.float16 in (hidden.dtype, _autocast_dtype(hidden)):
         return token_nll(head, hidden, targets, chunk, finish).sum()
-    rows, following, _ = _counted(hidden, targets)
+    rows, following = _chosen(hidden, targets, counted)
     return _Total.apply(head, finish, rows, following, chunk or _chunk(hidden, trained), *trained)
 
 
@@ -60,7 +61,10 @@ def token_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = N
         chunk: How many tokens have logits at the same time; by default few where the head is not trained and on a CPU.
         finish: What the head's output has to pass to become logits (scaling, soft-capping).
     """
-    rows, following, counted = _counted(hidden, targets)
+    counted = _counted(targets)
+    if counted is not None and not len(counted):
+        counted = counted.new_zeros(1)
+    rows, following = _chosen(hidden, targets, counted)
     trained = not isinstance(head, nn.Module) or any(parameter.requires_grad for parameter in head.parameters())
     size = chunk or _chunk(hidden, trained)
     pairs = list(zip(rows.split(size), following.split(size), strict=True))
@@ -70,21 +74,21 @@ def token_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = N
     else:
         parts = [_nll(head, finish, h, t) for h, t in pairs]
     nll = torch.cat(parts)
-    return (nll if counted is None else nll.new_zeros(targets.numel()).index_copy(0, counted, nll)).view_as(targets)
+    return (nll if counted is None else nll.new_zeros(targets.numel()).index_copy(0, _beside(hidden, counted), nll)).view_as(targets)
 
 
-def _counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the hidden states whose targets count, (n, C), those targets, and where they stand among all, None if they are all.
+def _counted(targets: Tensor) -> Tensor | None:
+    """Return where those stand that count, (n,), or None if they all do."""
+    counted = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+    return None if len(counted) == targets.numel() else counted
 
-    There is at least one, whose target is ignored if need be.
-    """
+
+def _chosen(hidden: Tensor, targets: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the hidden states whose targets count, (n, C), and those targets, (n,)."""
     rows, following = hidden.flatten(0, 1), targets.flatten().long()
-    counted = (following != IGNORED).nonzero().squeeze(1)  # (n,)
-    if len(counted) == len(following):
-        return rows, _beside(hidden, following), None
-    counted = counted if len(counted) else counted.new_zeros(1)
-    following, counted = _beside(hidden, following[counted]), _beside(hidden, counted)
-    return rows.index_select(0, counted), following, counted
+    if counted is None:
+        return rows, _beside(hidden, following)
+    return rows.index_select(0, _beside(hidden, counted)), _beside(hidden, following[counted])
 
 
 def _beside(hidden: Tensor, values: Tensor) -> Tensor:

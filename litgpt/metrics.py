@@ -96,6 +96,7 @@ class Meter:
         self.peak_flops: float | None = None
         self.tokens = self.slots = 0  # of this process's life
         self.training_seconds = 0.0
+        self.seconds_before = 0.0  # of the training that a resumed run goes on with
         self.throughput = Throughput()
         self.started = self.last = clock()
 
@@ -128,6 +129,11 @@ class Meter:
             yield
         finally:
             self.last += self.clock() - start
+
+    @property
+    def all_seconds(self) -> float:
+        """How long the run was trained, pauses aside, in all its lives."""
+        return self.seconds_before + self.training_seconds
 
     def elapsed(self) -> float:
         """Return the seconds since this process began to train, pauses included."""
@@ -404,7 +410,7 @@ def summary(meter: Meter) -> dict[str, str]:
     return {
         "steps": f"{meter.step:,}",
         "tokens": f"{meter.total_tokens:,}",
-        "training time": duration(meter.training_seconds),
+        "training time": duration(meter.all_seconds),
         "tokens per second": f"{rate:,.0f}" if meter.training_seconds > 0 else "-",
         "padding": f"{_ratio(meter.slots - meter.tokens, meter.slots):.1%}",
         **({} if used is None else {"model FLOPs utilization": f"{used:.1%}"}),

@@ -384,7 +384,7 @@ def _scale(settings: dict[str, Any], name: str, rank: int) -> float:
         raise UserError(f"`alpha_pattern` in the PEFT adapter's settings maps modules to numbers, but is {patterns!r:.40}.")
     for key, value in patterns.items():
         try:
-            alpha, found = (value, True) if re.fullmatch(rf"(.*\.)?{key}", name) else (alpha, False)
+            alpha, found = (value, True) if re.fullmatch(rf"(.*\.)?(?:{key})", name) else (alpha, False)
         except re.error:
             raise UserError(f"`alpha_pattern` in the PEFT adapter's settings has the pattern {key!r:.40}, which is none.") from None
         if found:

@@ -23,18 +23,9 @@ from litgpt.launch import PRECISIONS, cast_parameters, choose_logger, fits_each_
 from litgpt.lora import seed_of
 from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
-from litgpt.run import (
-    Run,
-    check_finite,
-    check_ids,
-    counted,
-    described,
-    digest,
-    fingerprint,
-    prepared,
-    sample_length,
-)
+from litgpt.run import Run
 from litgpt.run_folder import check_room, run_folder, step_to_resume, write_options
+from litgpt.run_inputs import check_finite, check_ids, counted, described, digest, fingerprint, prepared, sample_length
 from litgpt.run_state import saved_precision
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer

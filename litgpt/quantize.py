@@ -13,8 +13,7 @@ from litgpt.errors import UserError, did_you_mean, optional
 from litgpt.experts import Experts, Rows
 from litgpt.model import GPT
 
-Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]  # what the flag takes
-QuantizeTraining = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training"]  # and where something is trained
+Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8", "bnb.int8-training"]  # what the flag takes
 WHOLE = (".lm_head", ".mlp.gate", ".mlp.shared_gate", ".attn.in_proj_ba")  # small layers, of which a little error changes much
 BLOCK = 64  # so many 4-bit numbers share a scale
 CODED = 256  # so many scales share one of their own, if they are quantized too
@@ -35,7 +34,7 @@ KINDS = {
     "bnb.fp4": Kind("fp4"),
     "bnb.fp4-dq": Kind("fp4", double=True),
     "bnb.int8": Kind("int8"),
-    "bnb.int8-training": Kind("int8"),  # LitGPT tells them apart
+    "bnb.int8-training": Kind("int8"),  # LitGPT tells them apart, we do not
 }
 
 
@@ -104,13 +103,14 @@ def quantize_model(model: GPT, kind: str, dtype: torch.dtype | None = None, devi
     for name in [name for name, layer in model.named_modules() if is_quantizable(name, layer)]:
         model.set_submodule(name, quantized(model.get_submodule(name), KINDS[kind], dtype, device))
     model.to(device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for parameter in model.parameters():  # copies, or a file that the weights are mapped from would stay in memory for their sake
+        parameter.data = parameter.data.to(dtype or parameter.dtype, copy=device.type == "cpu")
 
 
 def is_quantizable(name: str, layer: nn.Module) -> bool:
     """Say whether a model's layer of this name is quantized."""
-    return isinstance(layer, nn.Linear | Experts) and not f".{name}".removesuffix(".linear").endswith(WHOLE)  # inside of Adapter v2's
+    is_plain = isinstance(layer, nn.Linear) or type(layer) is Experts  # not what LoRA or Adapter v2 put around experts
+    return is_plain and not f".{name}".removesuffix(".linear").endswith(WHOLE)  # which may be inside of theirs
 
 
 def is_quantized(model: nn.Module) -> bool:

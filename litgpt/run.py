@@ -1,22 +1,17 @@
-"""A training run as both training scripts see it: its samples, the step it goes on from, what it counts, shows, logs and saves."""
+"""A training run as both training scripts see it: the step it goes on from, what it counts, shows, logs and saves."""
 
-import hashlib
 import math
-import os
 import shlex
-import shutil
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
-from typing import IO, Any, NoReturn, Self, TypeVar
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
-from lightning import LightningDataModule
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,163 +19,30 @@ from torch.optim import Optimizer
 
 from litgpt import names
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
-from litgpt.config import Config
-from litgpt.data.packing import PackedSamples
-from litgpt.errors import UserError, disk_error
+from litgpt.errors import UserError
 from litgpt.files import read_yaml
 from litgpt.hardware import device_name
 from litgpt.launch import upload
-from litgpt.metrics import Journal, Meter, ProgressLine, profiled, report, summary, validation_values
+from litgpt.metrics import Meter, ProgressLine, profiled, report, summary, validation_values
 from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
-from litgpt.quantize import n_weights
-from litgpt.report import answers_in, write_report
-from litgpt.run_folder import DECIDE, changed_options, delete_old_steps, no_folder, remove_links, results_in, set_link
-from litgpt.run_state import ANOTHER, latest_step, load_run_state, loss_scaler, save_run_state, saved_counters, saved_parameters
-from litgpt.training import Agreed, Feed, Limits, Sample, StopRequest, steps, take_step, validate, validation_microbatches
-
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
+from litgpt.run_folder import changed_options, delete_old_steps, held, is_link, remove_results, set_link
+from litgpt.run_inputs import counted, samples_of, together
+from litgpt.run_log import RunLog
+from litgpt.run_state import (
+    ANOTHER,
+    latest_step,
+    load_run_state,
+    loss_scaler,
+    replace_counters,
+    save_run_state,
+    saved_counters,
+    saved_parameters,
+)
+from litgpt.training import Agreed, Feed, Limits, Sample, StopRequest, take_step, validate, validation_microbatches
 
 Item = TypeVar("Item")
 VOTE_EVERY = 4  # microbatches of a validation, or tokens of an answer, lie between two looks at whether to stop
 CUT_SAMPLES = ("seed", "train.max_seq_length", "train.packing")  # options outside of the data set that decide which samples there are
-MAX_NAMED = 32  # samples that an error lists
-
-# Data
-
-
-def sample_length(train: TrainArgs, config: Config) -> int:
-    """Return how many tokens a sample may have: what the options say, up to the model's context."""
-    if (length := train.max_seq_length or config.block_size) > config.block_size:
-        raise UserError(f"`train.max_seq_length` is {length}, but the model's context is {config.block_size} tokens. Lower it.")
-    return length
-
-
-def prepared(fabric: Fabric, data: LightningDataModule) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """Download and read a connected data set; return its samples to train on and those to validate on, which may be none."""
-    with together(fabric):
-        if fabric.is_global_zero:
-            data.prepare_data()
-    with together(fabric), redirect_stderr(sys.stderr if fabric.is_global_zero else StringIO()):  # or each rank would tell what was cut
-        if not fabric.is_global_zero:
-            data.prepare_data()  # finds what the first one left, or is on another machine
-        data.setup()
-    train, val = data.train_dataset, data.val_dataset
-    if train is None:  # a module that defines its loaders only
-        train, val = (getattr(loader, "dataset", None) for loader in (data.train_dataloader(), data.val_dataloader()))
-    if not hasattr(train, "__len__"):
-        raise UserError(f"{type(data).__name__} does not say how many samples it has: its data set needs `__len__` and `__getitem__`.")
-    return train, [] if val is None else val
-
-
-@contextmanager
-def together(fabric: Fabric) -> Iterator[None]:
-    """Let an error in this part of a program end it on all ranks, which would else wait for ever; the first that has one tells it."""
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    if fabric.world_size > 1:
-        codes = torch.zeros(fabric.world_size, device=fabric.device)
-        codes[fabric.global_rank] = 0 if error is None else 2 if isinstance(error, UserError) else 1  # see `cli.main`
-        failed = [(rank, int(code)) for rank, code in enumerate(fabric.all_reduce(codes, reduce_op="sum").tolist()) if code]
-        if failed and failed[0][0] != fabric.global_rank:
-            raise SystemExit(failed[0][1])
-    if error is not None:
-        raise error
-
-
-def digest(samples: Sequence[Sample]) -> str:
-    """Return a short text that differs where the samples do, after some of them."""
-    found = hashlib.sha256(str(len(samples)).encode())
-    for sample in _some(samples):
-        for part in sample.values() if isinstance(sample, Mapping) else [sample]:
-            found.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-    return found.hexdigest()[:12]
-
-
-def check_ids(config: Config, *parts: Sequence[Sample]) -> None:
-    """Raise a UserError if samples hold tokens that the model has no embedding of. Of data sets that are not ours, some are looked at."""
-    known = config.padded_vocab_size
-    if (highest := max(map(_highest_id, parts))) >= known:
-        raise UserError(
-            f"The samples hold the token id {highest}, but the model knows {known} tokens. Use the tokenizer it was trained with."
-        )
-
-
-def _highest_id(samples: Sequence[Sample]) -> int:
-    if (known := getattr(samples, "highest_id", None)) is not None:
-        return known
-    ids = (sample["input_ids"] if isinstance(sample, Mapping) else sample for sample in _some(samples))
-    return max((int(tokens.max()) for tokens in ids if len(tokens)), default=-1)
-
-
-def _some(samples: Sequence[Sample], n_seen: int = 256) -> Iterator[Sample]:
-    yield from (samples[i] for i in range(0, len(samples), max(1, len(samples) // n_seen)))
-
-
-# The model
-
-
-def fingerprint(model: nn.Module, n_seen: int = 64) -> str:
-    """Return a short text that differs where the weights do, after some numbers of each."""
-    found = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        some = weight.detach().reshape(-1)[:: max(1, weight.numel() // n_seen)].contiguous()
-        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        found.update(some.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:12]
-
-
-def counted(n: int, noun: str) -> str:
-    """Return `1 sample` or `1,000 samples`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-def check_finite(model: nn.Module, folder: Path) -> None:
-    """Raise a UserError if a weight of the model that was read from a folder is NaN or infinite, as none can be learned from."""
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise UserError(
-                f"The weight {name!r} of the model in {folder} has numbers that are not finite, so it cannot be trained. "
-                "Download or convert the model again, or take another."
-            )
-
-
-def described(model: nn.Module, precision: str) -> str:
-    """Return what is trained, and in which number types."""
-    n_all = n_weights(model)
-    n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if n_trained < n_all:
-        return f"{n_trained:,} of {n_all:,} parameters in {precision}"
-    held = ", gradients and the optimizer's averages too" if precision == "bf16-true" else ""
-    return f"{n_all:,} parameters in {precision}{held}"
-
-
-# The run
-
-
-def _samples_of(step: int, samples: Sequence[Sample], train: TrainArgs, seed: int) -> str:
-    """Name the samples of a step by their numbers in the data set."""
-    indices = next(steps(len(samples), train.global_batch_size, seed, first=step)).indices
-    if isinstance(samples, PackedSamples):
-        indices = [i for row in indices for i in samples.rows[row]]
-    more = f" and {counted(len(indices) - MAX_NAMED, 'other')}" if len(indices) > MAX_NAMED else ""
-    return f"the samples {', '.join(map(str, sorted(indices)[:MAX_NAMED]))}{more} (the first is 0)"
-
-
-@contextmanager
-def _threads_without_disk_errors() -> Iterator[None]:
-    """Let threads that write logs die in silence of a full disk: the next value to log raises their error again."""
-    hook = threading.excepthook
-    threading.excepthook = lambda args: None if args.exc_value is not None and disk_error(args.exc_value) else hook(args)
-    try:
-        yield
-    finally:
-        threading.excepthook = hook
 
 
 @dataclass
@@ -239,54 +101,29 @@ class Run:
         self.progress = ProgressLine(limits.max_steps, shown=fabric.is_global_zero)
         self.stop = StopRequest(answers=fabric.is_global_zero)
         self.open = ExitStack()
-        self.lock: IO[str] | None = None
-        self.made = False  # whether this run made its folder
-        self.journal = Journal(out_dir / "logs" / "metrics.jsonl")
-        self.told: list[dict[str, Any]] = []  # what it says of the step that the run goes on from
+        self.logs = RunLog(fabric, out_dir)
         self.judged = Judged()
         self.val_loss: tuple[int, float] | None = None  # the last step that `judged` knows, and its loss
         self.validated: int | None = None  # the last step after which all samples were
-        self.saved: int | None = None  # the last step that was, as it is now
+        self.saved: tuple[int, dict[str, Any]] | None = None  # the last step that was, and what was known of its validations
         self.links = True  # whether the disk can hold them
 
     def __enter__(self) -> Self:
         with together(self.fabric):
-            self._lock()
-        for part in (_threads_without_disk_errors(), self.stop, self.progress):
+            if self.fabric.is_global_zero:
+                self.open.enter_context(held(self.out_dir))
+        for part in (self.logs, self.stop, self.progress):
             self.open.enter_context(part)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.open.__exit__(*error)
-        if self.lock is not None:
-            self.lock.close()
-        if self.made and self.lock is not None and self.step == 0 and os.listdir(self.out_dir / "logs") == [".lock"]:  # nothing came of it
-            (self.out_dir / "logs" / ".lock").unlink()
-            with suppress(OSError):  # of what else is in it
-                (self.out_dir / "logs").rmdir()
-                self.out_dir.rmdir()
-
-    def _lock(self) -> None:
-        """Make the run's folder, and refuse one that another run writes into. The lock is gone when this program ends, however it does."""
-        if not self.fabric.is_global_zero:
-            return
-        self.made = not self.out_dir.exists()
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise no_folder(self.out_dir, str(error.strerror)) from None
-        if fcntl is None:
-            return
-        with self._log_errors():
-            try:
-                (self.out_dir / "logs").mkdir(exist_ok=True)
-            except FileExistsError:
-                raise no_folder(self.out_dir / "logs", "there is a file of this name") from None
-            self.lock = open(self.out_dir / "logs" / ".lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"Another run is writing into {self.out_dir}. Wait for it, or choose another `--out_dir`.") from None
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.open.__exit__(kind, error, trace)
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):  # of NCCL or gloo
+            last = latest_step(self.out_dir)
+            way = f"Go on from {last.name} with `--resume true`." if last is not None else "No step was saved: start again."
+            raise UserError(
+                f"Another process of this run ended or cannot be reached, so this one ends too; see what that one said. {way}"
+            ) from error
 
     @property
     def step(self) -> int:
@@ -304,27 +141,23 @@ class Run:
             self.progress.say(f"Going on after step {self.step}, from {resumed}.")
             if changed := changed_options(before or hyperparameters, hyperparameters, "optimizer", "train"):
                 self.progress.say(f"Resuming with changed {', '.join(changed.values())}.")
-        elif self.fabric.is_global_zero:
-            for path in results_in(self.out_dir, unfinished=True):  # `step_to_resume` asked for permission, and `check_room` looked
-                shutil.rmtree(path)
-            remove_links(self.out_dir)
-        if self.fabric.is_global_zero:
-            with self._log_errors():
-                self.journal.cut_after(self.step if resumed is not None else -1)
-                self.told = [row for row in self.journal.rows() if row.get("step") == self.step]
-        self.fabric.barrier()
-        if type(self.fabric.logger).__name__ != "CSVLogger":  # which has no place for them
-            with self._log_errors():
-                self.fabric.logger.log_hyperparams(dict(hyperparameters))
+        with together(self.fabric):
+            if self.fabric.is_global_zero:
+                if resumed is None:
+                    remove_results(self.out_dir)  # `step_to_resume` asked for permission, and `check_room` looked
+                self.logs.begin(-1 if resumed is None else self.step, hyperparameters)
 
     def _count_on(self, resumed: Path, counters: Mapping[str, Any]) -> None:
         """Take up the counters of a step, and what its validations found."""
         step, total_tokens, found = counters.get("step"), counters.get("total_tokens"), counters.get("validations", {})
         known = isinstance(found, dict) and found.keys() <= Judged.__dataclass_fields__.keys()
-        self.judged = Judged(**found) if known else Judged()
-        if not (known and self.judged.is_whole and isinstance(step, int) and isinstance(total_tokens, int)):
-            raise UserError(f"{resumed} is damaged: its counters lack the step, the tokens or the validations. {ANOTHER}")
-        self.meter.step, self.meter.total_tokens = step, total_tokens
+        self.judged, seconds = Judged(**found) if known else Judged(), counters.get("training_seconds", 0.0)
+        is_whole = known and self.judged.is_whole and isinstance(step, int) and isinstance(total_tokens, int)
+        if not (is_whole and isinstance(seconds, int | float)):
+            raise UserError(f"{resumed} is damaged: its counters lack the step, the tokens, the time or the validations. {ANOTHER}")
+        self.meter.step, self.meter.total_tokens, self.meter.seconds_before = step, total_tokens, seconds
+        if resumed.resolve().parent == self.out_dir.resolve():
+            self.saved = step, asdict(self.judged)
         if self.judged.best is not None and not self._best().is_dir():  # the run began in another folder
             self.judged.best = None
 
@@ -335,9 +168,9 @@ class Run:
             return
         why = ""
         if "sample" in name:
-            changed = changed_options(before, now, "data", "seed", "train")
+            changed = changed_options(before or now, now, "data", "seed", "train")
             texts = [text for name, text in changed.items() if name.startswith("data.") or name in CUT_SAMPLES]
-            why = f" (changed: {', '.join(texts)})" if texts else f" ({DECIDE} changed)"
+            why = f" (changed: {', '.join(texts)})" if texts else " (the data's files or the tokenizer changed)"
         raise UserError(
             f"{resumed} is of a run with {name} {counters.get(name)!r}, not {self.same[name]!r}{why}. "
             "Resume with the model, data and flags of that run."
@@ -346,7 +179,7 @@ class Run:
     def feed(self, samples: Sequence[Sample], seed: int) -> Feed:
         """Return the microbatches of the steps to come, and start the clock."""
         self.meter.started = self.meter.last = self.meter.clock()
-        self.non_finite.samples_of = lambda step: _samples_of(step, samples, self.train, seed)
+        self.non_finite.samples_of = lambda step: samples_of(step, samples, self.train, seed)
         last = self.step if self.is_over() else self.limits.last
         return Feed(self.fabric, samples, self.train, seed, self.step + 1, last, self._wants_to_stop)
 
@@ -388,61 +221,35 @@ class Run:
         mean_loss = self.fabric.all_reduce(loss, reduce_op="mean").item()
         values = self.meter.values(mean_loss, self.learning_rate(self.step), grad_norm.item(), epoch)
         self.progress.update(values)
-        self._write_log(values)
+        self.logs.values(self.step, values)
 
-    def _write_log(self, values: dict[str, float]) -> None:
-        with self._log_errors():
-            self.fabric.log_dict(values, self.step)
-        self._tell(**values)
-
-    def _tell(self, **values: Any) -> None:
-        """Write what was found of a step into the journal, unless a run that was killed later in it had done so."""
-        row = {"step": self.step, **values}
-        if self.fabric.is_global_zero and row not in self.told:
-            with self._log_errors():
-                self.journal.write(row)
-
-    @contextmanager
-    def _log_errors(self) -> Iterator[None]:
-        """Make a sentence of the disk's errors. The steps that are saved stay as they are."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            cause = error.__cause__ if isinstance(error, ValueError) else error  # Lightning wraps what TensorBoard raises
-            if cause is None or (message := disk_error(cause)) is None:
-                raise
-            last = latest_step(self.out_dir)
-            way = f" Then go on from {last} with `--resume true`." if last is not None else ""
-            raise UserError(f"The logs in {self.out_dir / 'logs'} could not be written: {message}{way}") from error
-
-    def validate(self, samples: Sequence[Sample], eval: EvalArgs | None = None) -> float | None:
-        """Show, log and return the mean loss of a token over samples, or over as many as `eval.max_iters` allows; None if just done.
+    def validate(self, samples: Sequence[Sample], eval: EvalArgs | None = None) -> None:
+        """Show and log the mean loss of a token over samples, or over as many as `eval.max_iters` allows, unless that was just done.
 
         With `eval` it counts for `best` and `patience`; and the best so far is saved, if `eval.save_best` says so.
         """
         sees_all = eval is None or len(samples) <= eval.max_iters * self.train.micro_batch_size
         if not len(samples) or (sees_all and self.validated == self.step):
-            return None
+            return
         owed, self.judged.owed = self.judged.owed, eval is not None  # if the run is stopped in it
         microbatches = self.unless_stopped(validation_microbatches(self.fabric, samples, self.train, eval))
         with self.meter.paused():
             val_loss = validate(self.fabric, self.model, microbatches)
             values = validation_values(val_loss)
             self.progress.say(f"step {self.step} | val loss {val_loss:.3f} | val ppl {values['val_ppl']:.2f}")
-            self._write_log(values)
+            self.logs.values(self.step, values)
         self.validated, self.judged.owed = self.step if sees_all else None, False
         if eval is not None and self.step:
             is_best = self._judge(val_loss)
             if owed or (is_best and eval.save_best):
                 self.save()
-        return val_loss
 
     def _judge(self, val_loss: float) -> bool:
         """Note the validation loss of a step; say whether it is the lowest so far."""
         is_best = val_loss < (math.inf if self.judged.lowest is None else self.judged.lowest)
         self.judged.n_since = 0 if is_best else self.judged.n_since + 1
         self.judged.lowest = val_loss if is_best else self.judged.lowest
-        self.val_loss, self.saved = (self.step, val_loss), None
+        self.val_loss = self.step, val_loss
         return is_best
 
     def unless_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -470,15 +277,24 @@ class Run:
     def save(self) -> Path:
         """Write the folder of the step that is done, unless it was just written; let the links name it, delete what is too old."""
         folder = self._folder(self.step)
-        if self.saved == self.step:
-            return folder
         best = math.inf if self.judged.best is None else self.judged.best[1]
         if self.val_loss is not None and self.val_loss[0] == self.step and self.val_loss[1] < best:
             self.judged.best = self.val_loss
-        counters = {"step": self.step, "total_tokens": self.meter.total_tokens, "validations": asdict(self.judged), **self.same}
+        known = asdict(self.judged)
+        if self.saved == (self.step, known):
+            return folder
+        self.non_finite.check()
+        self._check_weights()
+        counters = {"step": self.step, "total_tokens": self.meter.total_tokens, "training_seconds": self.meter.all_seconds}
+        counters |= {"validations": known, **self.same}
         with self.meter.paused():
-            save_run_state(self.fabric, folder, self.model, self.optimizer, counters, self.side_files, self.non_finite)
-            self.saved = self.step
+            if self.saved is not None and self.saved[0] == self.step:  # it was stopped in the step's validation, which is done now
+                with together(self.fabric):
+                    if self.fabric.is_global_zero:
+                        replace_counters(folder, counters)
+            else:
+                save_run_state(self.fabric, folder, self.model, self.optimizer, counters, self.side_files)
+            self.saved = self.step, known
             self._point_links()
             if self.train.keep_last is not None and self.fabric.is_global_zero:
                 try:
@@ -486,6 +302,16 @@ class Run:
                 except OSError as error:
                     self.progress.say(f"An old step could not be deleted: {error}")
         return folder
+
+    def _check_weights(self) -> None:
+        """Raise a UserError if what was learned is not finite, which a loss that tells it may be yet to come. All ranks must call this."""
+        weights = {name: _held(parameter) for name, parameter in saved_parameters(self.model).items()}
+        highest = {name: torch.linalg.vector_norm(weight, math.inf) for name, weight in weights.items() if weight.numel()}
+        is_finite = torch.stack(list(highest.values())).isfinite().tolist() if highest else []
+        bad = next((name for name, fine in zip(highest, is_finite, strict=True) if not fine), None)
+        if self._any_rank(bad is not None):
+            which = "a weight" if bad is None else f"the weight {bad!r}"
+            raise UserError(f"After step {self.step} {which} is no longer finite. Lower `--optimizer.lr`, or clip with `train.max_norm`.")
 
     def _is_of_this_run(self, counters: Mapping[str, Any]) -> bool:
         step = counters.get("step")
@@ -496,9 +322,12 @@ class Run:
         if not self.fabric.is_global_zero or not self.links:
             return
         for name, folder in ((names.LAST, self._folder(self.step)), (names.BEST, self._best())):
-            if folder is not None and folder.is_dir() and not set_link(self.out_dir / name, folder):
+            link = self.out_dir / name
+            if folder is None and is_link(link):  # of steps after the one that the run went back to
+                link.unlink()
+            if folder is not None and folder.is_dir() and not set_link(link, folder):
                 self.links = False
-                self.progress.say(f"No link {self.out_dir / name} could be made to {folder.name}; the steps themselves are whole.")
+                self.progress.say(f"No link {link} could be made to {folder.name}; the steps themselves are whole.")
                 return
 
     def end(self, feed: Feed) -> None:
@@ -516,57 +345,55 @@ class Run:
             n_worse = counted(self.judged.n_since, "validation")
             self.progress.say(f"Stopping after step {self.step}: the validation loss did not fall in the last {n_worse}.")
 
-    @contextmanager
-    def profiled(self, n_steps: int | None) -> Iterator[Callable[[], None]]:
-        """Yield what is to be called after each step; so many are recorded in `logs/trace.json`, from the third on."""
-        with profiled(n_steps if self.fabric.is_global_zero else None, self.out_dir / "logs" / "trace.json") as step_done:
-            yield step_done
+    def profiled(self, n_steps: int | None) -> AbstractContextManager[Callable[[], None]]:
+        """Give what is to be called after each step; so many are recorded in `logs/trace.json`, from the third on."""
+        return profiled(n_steps if self.fabric.is_global_zero else None, self.out_dir / "logs" / "trace.json")
 
     def note_answer(self, prompt: str, answer: str) -> None:
         """Show and log what the model, as it is now, answered to a prompt."""
         self.progress.say(f"{prompt}\n>>> {answer}")
-        self._tell(prompt=prompt, answer=answer)
+        self.logs.tell(self.step, {"prompt": prompt, "answer": answer})
 
     def report(self, settings: Mapping[str, Any], facts: Mapping[str, str], final: Path, log: LogArgs) -> None:
         """Write `report.html`, and send the result where the logger sends the run, if the options say so."""
-        if not self.fabric.is_global_zero:
-            return
-        rows, known = self.journal.rows(), summary(self.meter) | {"machine": device_name(self.fabric.device)}
-        with self._log_errors():
-            write_report(self.out_dir / names.REPORT, rows, settings, {**facts, **known}, answers_in(rows))
-        upload(self.fabric.logger, final, log)
+        if self.fabric.is_global_zero:
+            self.logs.report(settings, {**facts, **summary(self.meter), "machine": device_name(self.fabric.device)})
+            upload(self.fabric.logger, final, log)
 
     def _leave(self) -> NoReturn:
         """Save the step that is done and leave the program, as the system asked. All ranks call this."""
         folder = self.save() if self.step else None
         where = f"Its state is in {folder}: go on with `--resume true`." if folder else "Nothing was learned yet."
         self.progress.say(f"Stopped after step {self.step}, as asked. {where}")
+        self.fabric.barrier()  # for the first rank points links, and whoever started the ranks ends all when one is gone
         raise SystemExit(128 + (self.stop.number or signal.SIGTERM))  # as the shell says it of a program that a signal ended
 
     def finish(self, final: Path, write: Callable[[dict[str, Tensor]], None]) -> None:
-        """Write the result, and show what the run took. Should writing fail on one device, the last step is saved, if the disk has room.
+        """Write the result, and show what the run took. Should writing fail, the last step is saved, if the disk has room.
 
         Args:
             final: The folder that `write` makes.
             write: Makes it of the trained weights. Called on one rank.
         """
+        self._check_weights()
         weights = self.trained_weights()
-        if bad := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
-            raise UserError(
-                f"After step {self.step} the weight {bad[0]!r} is no longer finite. Lower `--optimizer.lr`, or clip with `train.max_norm`."
-            )
         try:
-            if self.fabric.is_global_zero:
-                write(weights)
-        except Exception:
-            if self.fabric.world_size == 1:
-                with suppress(UserError):  # the disk may have no room for it either
-                    self.progress.say(f"{final} could not be written. The training is saved in {self.save()}: go on with `--resume true`.")
+            with together(self.fabric):
+                if self.fabric.is_global_zero:
+                    write(weights)
+        except (Exception, SystemExit):  # on ranks without an error the latter
+            with suppress(UserError):  # the disk may have no room for it either
+                self.progress.say(f"{final} could not be written. The training is saved in {self.save()}: go on with `--resume true`.")
             raise
-        self.fabric.barrier()
         self.progress.say(f"{report(self.meter)}\nSaved {final}. Talk to it with: litgpt chat {shlex.quote(str(final))}")
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Return what was trained, each parameter whole and on the CPU. All ranks must call this."""
         weights = {name: parameter.detach() for name, parameter in saved_parameters(self.model).items()}
         return {name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).cpu() for name, weight in weights.items()}
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """Return what this rank holds of a parameter."""
+    weight = parameter.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight

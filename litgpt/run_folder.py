@@ -1,12 +1,14 @@
 """The folder of a training run: where it is, what may be done with it, and how the options in it differ from those of today."""
 
+import errno
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from lightning import LightningDataModule
@@ -16,6 +18,11 @@ from litgpt.checkpoint import has_updates, named_base
 from litgpt.errors import MissingFile, UserError
 from litgpt.files import OURS, read_json
 from litgpt.run_state import latest_step
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 A_STEP = names.STEP.replace("{:06d}", "[0-9]+")
 
@@ -41,6 +48,41 @@ def run_folder(out_dir: Path) -> Path:
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"`out_dir` is a folder to write into, but writing is not allowed in {there}. Choose another.")
     return folder
+
+
+@contextmanager
+def held(out_dir: Path) -> Iterator[None]:
+    """Make the folder of a run, and let no other run write into it until this one ends, however it does.
+
+    A folder that was made for a run of which nothing came is deleted again.
+    """
+    is_new, logs = not out_dir.exists(), out_dir / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        lock = open(logs / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        why = "there is a file of this name" if isinstance(error, FileExistsError) else error.strerror
+        raise no_folder(Path(error.filename), why) from None
+    try:
+        with lock:
+            _lock(lock, out_dir)
+            yield
+    finally:
+        with suppress(OSError):  # of what else is in it
+            if is_new and os.listdir(logs) == [".lock"]:
+                (logs / ".lock").unlink()
+                logs.rmdir()
+                out_dir.rmdir()
+
+
+def _lock(file: IO[str], out_dir: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # any other is of a disk that knows no locks, as those of some clusters
+            raise UserError(f"Another run is writing into {out_dir}. Wait for it, or choose another `--out_dir`.") from None
 
 
 def no_folder(folder: Path, why: str) -> UserError:
@@ -100,7 +142,7 @@ def check_room(out_dir: Path, data: LightningDataModule, *checkpoints: Path | No
         data: Its data set, whose options name files and folders.
         checkpoints: The folders of the models and tokenizers that it begins with.
     """
-    inputs = [Path(value) for value in vars(data).values() if isinstance(value, str | Path) and os.path.exists(value)]
+    inputs = [path for path in _named_in(data) if os.path.exists(path)]  # which takes a long text for no path
     inputs += [path for folder in checkpoints if folder is not None for path in _read_with(folder)]
     for folder in results_in(out_dir, unfinished=True):
         if not _is_a_runs(folder):
@@ -121,6 +163,16 @@ def _is_a_runs(folder: Path) -> bool:
     return any((folder / sign).exists() for sign in signs) or not any(folder.iterdir())
 
 
+def _named_in(data: LightningDataModule) -> Iterator[Path]:
+    """Yield what may be paths among the options of a data set, and of the data sets in it."""
+    for value in vars(data).values():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, str | Path):
+                yield Path(part)
+            elif isinstance(part, LightningDataModule):
+                yield from _named_in(part)
+
+
 def _read_with(folder: Path) -> list[Path]:
     """Return the folders that a checkpoint is read from: its own, and the base beside which its updates were trained."""
     return [folder, named_base(folder)] if has_updates(folder) else [folder]
@@ -128,7 +180,8 @@ def _read_with(folder: Path) -> list[Path]:
 
 def write_options(folder: Path, options: Mapping[str, Any]) -> None:
     """Write the options of a run, as `--config` reads them."""
-    (folder / names.HYPERPARAMETERS).write_text(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
+    (folder / names.HYPERPARAMETERS).write_text(text, encoding="utf-8")
 
 
 # Links to steps, and steps that are no longer wanted
@@ -151,15 +204,20 @@ def set_link(path: Path, step: Path) -> bool:
     return True
 
 
-def remove_links(out_dir: Path) -> None:
-    """Delete the links to steps that are to be deleted."""
-    for path in out_dir.glob("*"):
-        if path.name.removesuffix(names.PARTIAL) in (names.LAST, names.BEST) and is_link(path):
-            path.unlink()
+def remove_results(out_dir: Path) -> None:
+    """Delete the steps and the results of the run that a folder holds, and its links to them. `check_room` says whether that may be."""
+    try:
+        for path in results_in(out_dir, unfinished=True):
+            _delete(path)
+        for path in out_dir.glob("*"):
+            if path.name.removesuffix(names.PARTIAL) in (names.LAST, names.BEST) and is_link(path):
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"{error.filename} could not be deleted: {error.strerror}. Delete it, or choose another `--out_dir`.") from None
 
 
 def delete_old_steps(out_dir: Path, keep_last: int, best: Path | None, of_this_run: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Delete the steps before the last ones, but for those that a link names. Whoever is killed meanwhile leaves no half of a step.
+    """Delete the steps before the last ones, but for those that a link names.
 
     Args:
         out_dir: The run's folder.
@@ -174,12 +232,17 @@ def delete_old_steps(out_dir: Path, keep_last: int, best: Path | None, of_this_r
     half = [path for _, path in steps if (path / OURS).is_file() and not (path / names.RUN_STATE / names.STATE).exists()]
     for path in [*half, *whole[:-keep_last]]:
         if path.resolve() not in kept:
-            (path / OURS).touch()
-            (path / names.RUN_STATE / names.STATE).unlink(missing_ok=True)  # without which it is no step
-            for part in path.iterdir():
-                if part.name != OURS:
-                    shutil.rmtree(part) if part.is_dir() else part.unlink()
-            shutil.rmtree(path)
+            _delete(path)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a step or a result. Whoever is killed meanwhile leaves no half of a step, and nothing that is not known as a run's."""
+    (folder / OURS).touch()
+    (folder / names.RUN_STATE / names.STATE).unlink(missing_ok=True)  # without which it is no step
+    for part in folder.iterdir():
+        if part.name != OURS:
+            shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+    shutil.rmtree(folder)
 
 
 def _counters(step: Path) -> Mapping[str, Any] | None:
@@ -194,7 +257,6 @@ def _counters(step: Path) -> Mapping[str, Any] | None:
 # The run before
 
 
-DECIDE = "the data's files, the tokenizer, `mask_prompt`, `prompt_style`, `seed`, `max_seq_length` or `packing`"  # which samples there are
 NO_EFFECT = ("train.save_interval", "train.log_interval", "train.keep_last")
 
 

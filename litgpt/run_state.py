@@ -6,6 +6,7 @@ tensor is in several files, each with a slice; the files' metadata say where it 
 """
 
 import json
+import os
 import random
 import re
 import shutil
@@ -34,7 +35,7 @@ from torch.optim import Optimizer
 
 from litgpt import names
 from litgpt.errors import MissingFile, UserError, disk_error
-from litgpt.files import begin_folder, is_file, put_in_place, read_json, sync
+from litgpt.files import begin_folder, cannot_write, is_file, put_in_place, read_json, sync
 from litgpt.hardware import device_name, instruction_sets
 from litgpt.optim import FirstNonFinite
 from litgpt.weight_files import open_weights, step_files, step_slices
@@ -145,12 +146,33 @@ class _StepWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On one rank, after all ranks wrote: add the rest, and give the folder its name."""
-        state = self.partial / names.RUN_STATE / names.STATE
+        state = _state_of(self.partial)
         if self.side_files is not None:
             self.side_files(self.partial)
         state.write_text(json.dumps(self.state | {"shards": len(results)}, indent=1))
         sync(*(path for path in self.partial.rglob("*") if path.suffix != ".safetensors"), self.partial)
         put_in_place(self.partial, self.folder)  # of the same step of a run that was resumed before it
+
+
+def replace_counters(folder: Path, counters: dict[str, Any]) -> None:
+    """Let a step folder hold other counters, at once. One rank calls this.
+
+    Args:
+        folder: A `step-N` that `save_run_state` wrote.
+        counters: As it takes them.
+
+    Raises:
+        UserError: The disk is full or forbids writing. The folder stays as it was.
+    """
+    path = _state_of(folder)
+    partial = path.with_name(path.name + names.PARTIAL)
+    try:
+        partial.write_text(json.dumps(_read_state(folder) | {"counters": counters}, indent=1))
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 @contextmanager
@@ -206,7 +228,7 @@ def load_run_state(fabric: Fabric, folder: Path, model: nn.Module, optimizer: Op
         if saved[name].size != parameter.shape:
             raise UserError(f"{folder} holds {name!r} in the shape {list(saved[name].size)}, not {list(parameter.shape)}.")
     _check_optimizer(folder, state, saved, parameters, optimizer)
-    tensors = _places(fabric, saved, parameters)
+    tensors = _places(fabric, saved, parameters, optimizer)
     with _checkpoint_errors(folder, "read"):
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     states = {name: value for name, value in (tensors | state["optimizer"]).items() if name.startswith(OPTIMIZER)}
@@ -241,8 +263,12 @@ def saved_precision(resumed: Path | None) -> str | None:
     return saved if isinstance(saved, str) else None
 
 
+def _state_of(folder: Path) -> Path:
+    return folder / names.RUN_STATE / names.STATE
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / names.RUN_STATE / names.STATE
+    path = _state_of(folder)
     if not is_file(path):
         raise MissingFile(f"{folder} holds no run state. Name a folder such as {names.STEP.format(100)} that a training command wrote.")
     state = read_json(path, way=ANOTHER)
@@ -276,33 +302,46 @@ def _check_optimizer(
         raise UserError(f"{folder} holds {len(state['groups'])} groups of weights, not {len(optimizer.param_groups)}. {ANOTHER}")
 
 
-def _places(fabric: Fabric, saved: dict[str, Any], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _places(fabric: Fabric, saved: dict[str, Any], parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the tensors to fill: the parameters, laid out as they are; their optimizer states alike; this rank's generators."""
     tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, described in saved.items():
         if name.startswith(OPTIMIZER):
-            parameter = parameters[name.removeprefix(OPTIMIZER).rsplit("/", 1)[0]]
-            tensors[name] = _place_beside(parameter.detach(), described.size, described.properties.dtype)
+            name_of_parameter, key = name.removeprefix(OPTIMIZER).rsplit("/", 1)
+            parameter = parameters[name_of_parameter]
+            on_cpu = key == "step" and not any(group_of[parameter].get(option) for option in ("fused", "capturable"))  # as torch wants it
+            tensors[name] = _place_beside(parameter.detach(), described.size, described.properties.dtype, on_cpu)
         elif name.startswith(f"{GENERATOR}{fabric.global_rank}/"):
             tensors[name] = torch.empty(described.size, dtype=torch.uint8)
     return tensors
 
 
-def _place_beside(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+def _place_beside(parameter: Tensor, size: torch.Size, dtype: torch.dtype, on_cpu: bool) -> Tensor:
     """Return an empty tensor for what an optimizer remembers of a parameter, cut over ranks as that is if it has as many rows."""
+    if on_cpu:
+        return torch.empty(size, dtype=dtype)
     if size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype)
     if len(size) == parameter.ndim >= 2 and size[:-1] == parameter.shape[:-1] and size[-1] <= parameter.shape[-1]:
         return torch.empty_like(parameter[..., : size[-1]], dtype=dtype, memory_format=torch.contiguous_format)
-    return torch.empty(size, dtype=dtype)
+    return torch.empty(size, dtype=dtype, device=parameter.device)
 
 
 def latest_step(out_dir: Path) -> Path | None:
-    """Return the complete step folder with the highest number, or None."""
+    """Return the complete step folder that a run goes on from, or None: the one with the highest number.
+
+    But if the run went back to an earlier one, that: `last` names it, and is younger than the steps of the way that was left.
+    """
     pattern = names.STEP.replace("{:06d}", r"(\d+)")
     found = ((re.fullmatch(pattern, path.name), path) for path in out_dir.glob("*"))
-    whole = [(int(match[1]), path) for match, path in found if match and (path / names.RUN_STATE / names.STATE).is_file()]
-    return max(whole)[1] if whole else None
+    whole = [path for _, path in sorted((int(match[1]), path) for match, path in found if match and _state_of(path).is_file())]
+    link = out_dir / names.LAST
+    if link.is_symlink() and (named := out_dir / os.readlink(link)) in whole:
+        later, went_back = whole[whole.index(named) + 1 :], link.lstat().st_mtime_ns
+        if all(_state_of(path).stat().st_mtime_ns < went_back for path in later):
+            return named
+    return whole[-1] if whole else None
 
 
 # What a state consists of

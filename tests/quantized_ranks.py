@@ -1,15 +1,14 @@
 """Training of a quantized model on several processes of this machine; `train_on_ranks` returns what each of them found."""
 
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import forkserver
 from torch.distributed.tensor import DTensor
 
 from litgpt.config import Config
@@ -53,9 +52,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def train_on_ranks(world: int, *runs: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Call `train` on so many processes, once for each run; return what each process found in each."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["quantized_ranks"])
+    context = forkserver()
     ports = [_free_port() for _ in runs]  # one each: of a port used again, the other rank may find the server of the run before
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     ranks = [context.Process(target=_rank, args=(there, rank, world, ports, runs), daemon=True) for rank, (_, there) in enumerate(pipes)]

@@ -21,7 +21,7 @@ names errors args weights · files families · config
 tokenizer · prompts rope loss cache · attention experts · recurrent
 model · lora adapter quantize · adapter_v2
 translate dequantize hardware hub adamw · launch peft_format litgpt_layout weight_files · multimodal
-checkpoint optim metrics data report · run_state · training run_folder · run
+checkpoint optim metrics data report · run_state · training run_folder run_log · run_inputs · run
 scripts · generate
 pretrain finetune eval
 api · chat deploy · recipes · cli · __main__

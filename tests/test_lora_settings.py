@@ -30,6 +30,7 @@ PLAIN = {
     "dora and rslora": dict(use_dora=True, use_rslora=True, target_modules="all-linear"),
     "one layer": dict(layers_to_transform=[1], layers_pattern="layers"),
     "all but one": dict(target_modules="all-linear", exclude_modules=["v_proj"]),
+    "alternatives": dict(alpha_pattern={"k_proj|down_proj|q_proj": 11}),
     "patterns": dict(rank_pattern={"q_proj": 5}, alpha_pattern={r"layers\.1\..*down_proj": 3}),
 }
 CHANGES_THE_BASE = ("pissa", "pissa_niter_4", "olora")

@@ -124,7 +124,7 @@ def test_dropping_what_is_ignored_equals_the_plain_loss(name, finish, autocast, 
         plain = F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
         ours = (total_nll if total else token_nll)(head, hidden, targets, chunk=6, finish=finish).sum() / (targets != -100).sum()
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
-    tolerance = {None: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[autocast]  # gradients are rounded, here of a chunk and there of all tokens
+    tolerance = {None: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[autocast]  # rounded, here of a chunk, there of all tokens
     for found, expected in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(plain, trained), strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 

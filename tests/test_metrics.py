@@ -94,6 +94,12 @@ def test_a_resumed_run_counts_on():
     assert (values["step"], values["tokens"], values["total_tokens"]) == (8, 30, 1030) and "remaining_time" not in values
 
 
+def test_the_training_time_of_a_resumed_run_is_that_of_all_its_lives():
+    meter = run(n_steps=3)
+    meter.seconds_before = 100.0
+    assert meter.all_seconds == 106.0 and "training time      0:01:46\ntokens per second  5\n" in report(meter)
+
+
 def test_validation_and_saving_are_no_training_time():
     clock = Clock()
     meter = Meter(clock=clock)

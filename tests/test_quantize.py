@@ -4,6 +4,8 @@ import copy
 import json
 import sys
 import weakref
+from inspect import signature
+from typing import get_args
 
 import bitsandbytes
 import pytest
@@ -26,6 +28,8 @@ from litgpt.deploy.adapters import Adapters
 from litgpt.errors import UserError
 from litgpt.eval import perplexity
 from litgpt.experts import Experts
+from litgpt.finetune import adapter as finetune_adapter
+from litgpt.finetune import adapter_v2 as finetune_adapter_v2
 from litgpt.finetune import loop
 from litgpt.finetune import lora as finetune_lora
 from litgpt.generate import base as generate
@@ -168,7 +172,7 @@ def test_a_model_computes_with_its_dequantized_weights_and_keeps_the_rest(family
     assert n_weights(model) == sum(parameter.numel() for parameter in plain.parameters())
 
 
-@EVERY_FAMILY
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "deepseek_v3", "lfm2", "qwen3_next"])  # all mixers
 def test_a_quantized_model_generates_what_its_dequantized_weights_do(family):
     model, plain = quantized_pair(tiny_config(family))
     prompt = list(range(5, 12))
@@ -206,6 +210,27 @@ def test_each_weight_is_given_back_before_the_next_is_quantized(monkeypatch):
     monkeypatch.setattr(quantize, "quantized_linear", counting)
     quantize_model(model, "bnb.nf4")
     assert counts == list(range(len(alive), 0, -1))
+
+
+def test_no_weight_that_is_left_keeps_the_file_in_memory_that_the_model_was_mapped_from(folder):
+    model = load_model(folder)
+    mapped = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    quantize_model(model, "bnb.int8")
+    assert not mapped & {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("add", [lambda model: add_lora(model, EVERYTHING), add_adapter_v2], ids=["lora", "adapter v2"])
+def test_layers_and_experts_can_be_quantized_inside_of_what_is_trained_beside_them(add):
+    found, config = [], tiny_config("mixtral")
+    for is_first in (True, False):
+        torch.manual_seed(0)
+        model = GPT(config).eval()
+        for change in [add, lambda model: quantize_model(model, "bnb.int8")][:: -1 if is_first else 1]:
+            change(model)
+        assert sum(isinstance(layer, QuantizedExperts) for layer in model.modules()) == sum(config.expert_indices or [1] * config.n_layer)
+        found.append(model(torch.arange(12)[None]))
+    assert torch.equal(*found)
 
 
 def test_a_quantized_model_on_the_meta_device_has_the_sizes_of_a_real_one():
@@ -437,6 +462,12 @@ def test_blocks_of_a_quantized_model_are_compiled_whole():
             found.append([model(idx), *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_every_command_takes_every_kind_for_bnb_int8_is_the_same_in_training():
+    assert get_args(quantize.Quantize) == tuple(KINDS)
+    for command in (finetune_lora.setup, finetune_adapter.setup, finetune_adapter_v2.setup, generate.main):
+        assert signature(command).parameters["quantize"].annotation == quantize.Quantize | None
 
 
 def test_unknown_kinds_and_a_missing_package_are_one_sentence(folder, monkeypatch):

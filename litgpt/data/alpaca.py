@@ -20,7 +20,7 @@ class Alpaca(SFTModule):
     download_dir: Path = Path("./data/alpaca")
     """The folder that the file is kept in."""
     file_url: str = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
-    """Where the file comes from."""
+    """Where the file comes from, unless it is in that folder already."""
     file_name: str = "alpaca_data_cleaned_archive.json"
     """The file's name in that folder."""
 

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningDataModule
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from litgpt.config import Config
 from litgpt.data.records import messages_of, shown, tools_of
-from litgpt.errors import UserError
+from litgpt.errors import UserError, did_you_mean
 from litgpt.loss import IGNORED
 from litgpt.prompts import Message, PromptStyle, encode_training, find_prompt_style
 from litgpt.prompts.encode import TrainOn
@@ -105,6 +105,7 @@ class SFTModule(DataModule):
     def __post_init__(self) -> None:
         super().__init__()
         trained = what_is_trained(self.train_on, self.mask_prompt)
+        check_choice("truncation", self.truncation, Truncation)
         if self.mask_prompt is None:
             self.mask_prompt = trained != "all"
 
@@ -127,6 +128,8 @@ class SFTModule(DataModule):
         self.collate_fn = get_sft_collate_fn(self.max_seq_length, ignore_index=self.ignore_index)
         if len(self.train_dataset) == 0:
             n, length = len(self.train_dataset.data), self.max_seq_length
+            if n == 0:
+                raise UserError(f"{type(self).__name__} has no samples to train on. Look at the files that its options name.")
             raise UserError(f"All {n} samples are dropped at `max_seq_length` {length}, so there is nothing to train on. Raise it.")
 
     def _style(self) -> PromptStyle:
@@ -142,16 +145,46 @@ def what_is_trained(train_on: TrainOn | None, mask_prompt: bool | None) -> Train
     """Which tokens are trained on, by the option for that and the older one.
 
     Raises:
-        UserError: They contradict each other.
+        UserError: They contradict each other, or there is no such choice.
     """
     if train_on is None:
         return "all" if mask_prompt is False else "assistant"
+    check_choice("train_on", train_on, TrainOn)
     if mask_prompt is not None and mask_prompt == (train_on == "all"):
         raise UserError(f"`mask_prompt` is {str(mask_prompt).lower()}, but `train_on` is {train_on!r}. Leave one of them out.")
     return train_on
 
 
-class SFTDataset(Dataset):
+def check_choice(option: str, value: str, kind: Any) -> None:
+    """Raise a UserError for a word that is none of a `Literal`: in Python nobody looks at it before."""
+    if value not in (choices := get_args(kind)):
+        hint = did_you_mean(str(value), choices)
+        raise UserError(f"`{option}` must be one of {', '.join(map(repr, choices))}, but is {value!r}.{hint}")
+
+
+class Samples(Dataset):
+    """Base of what finetuning samples are read from.
+
+    Attributes:
+        cut: Which mappings of the data were longer than `max_seq_length` and are cut, once for each sample that was.
+        dropped: Which of them are missing, by the reason.
+    """
+
+    cut: list[int]
+    dropped: dict[str, list[int]]
+
+    @property
+    def n_cut(self) -> int:
+        """How many samples are cut."""
+        return len(self.cut)
+
+    @property
+    def n_dropped(self) -> int:
+        """How many samples are missing, because they were too long or had nothing to train on."""
+        return sum(map(len, self.dropped.values()))
+
+
+class SFTDataset(Samples):
     """Finetuning samples, each encoded once: `{"input_ids": (T,), "labels": (T,)}`, both int64.
 
     Labels are the ids themselves, not shifted, with `ignore_index` where a token is not trained on. A sample may become several
@@ -175,9 +208,7 @@ class SFTDataset(Dataset):
         lengths: The number of tokens of each sample.
         n_targets: The number of tokens of each sample that are trained on.
         highest_id: The highest token id of all samples.
-        cut: Which of `data` were too long and are cut, once for each sample that was.
-        dropped: Which of `data` are missing, by the reason.
-        n_lost: How many tokens are missing by either.
+        n_lost: How many tokens are cut off or missing.
 
     Raises:
         UserError: A sample misses a key, a value is not text, the prompt style cannot write it, or it is too long.
@@ -200,6 +231,7 @@ class SFTDataset(Dataset):
         self.prompt_style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style
         self.max_seq_length = max_seq_length
         self.train_on = what_is_trained(train_on, None if mask_prompt else False)  # true is the default, and contradicts nothing
+        check_choice("truncation", truncation, Truncation)
         self.truncation = truncation
         self.ignore_index = ignore_index
         self.transform = transform
@@ -210,16 +242,6 @@ class SFTDataset(Dataset):
         self.n_lost = 0
         self._encode()
         self._report()
-
-    @property
-    def n_cut(self) -> int:
-        """How many samples were longer than `max_seq_length`, and are cut."""
-        return len(self.cut)
-
-    @property
-    def n_dropped(self) -> int:
-        """How many samples are missing, because they were too long or had nothing to train on."""
-        return sum(map(len, self.dropped.values()))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -281,8 +303,8 @@ class SFTDataset(Dataset):
                     self.n_targets.append(n_targets)
                 elif ids:
                     self.dropped[NO_TARGET].append(index)
-        self._ids = torch.tensor(all_ids, dtype=torch.int32)
-        self._trained = torch.tensor(all_trained, dtype=torch.bool)
+        self._ids = torch.frombuffer(all_ids, dtype=torch.int32) if all_ids else torch.empty(0, dtype=torch.int32)
+        self._trained = torch.frombuffer(all_trained, dtype=torch.bool) if all_trained else torch.empty(0, dtype=torch.bool)
         self.highest_id = max(all_ids, default=-1)
         ends = torch.tensor(self.lengths, dtype=torch.int64).cumsum(0)
         self._starts = (ends - torch.tensor(self.lengths, dtype=torch.int64)).tolist()

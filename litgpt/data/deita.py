@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.data.base import SFTModule
-from litgpt.data.hf import Table, load_rows, renamed, without_nulls
-from litgpt.data.records import messages_of
+from litgpt.data.hf import Table, load_rows, renamed
+from litgpt.data.records import messages_of, without_nulls
 
 COLUMNS = {"messages": "messages"}
 

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 from huggingface_hub.utils import WeakFileLock
 
 from litgpt.errors import UserError
-from litgpt.files import cannot_write
+from litgpt.files import cannot_write, is_file
 from litgpt.hub import progress
 from litgpt.names import PARTIAL
 
@@ -39,7 +39,7 @@ def download_if_missing(file_path: Path, file_url: str, sha256: str | None = Non
         UserError: It cannot be fetched or written, or is not what it should be.
     """
     file_path = Path(file_path)
-    if file_path.exists():
+    if is_file(file_path):
         return
     if urlsplit(file_url).scheme not in SCHEMES:
         raise UserError(f"{file_url!r} is not an address to download from: it must begin with {' or '.join(SCHEMES)} and `://`.")
@@ -98,22 +98,27 @@ class Download:
         start = self._n_bytes() if self.version.get("tag") else 0
         headers = {"Range": f"bytes={start}-", "If-Range": self.version["tag"]} if start else {}
         with urlopen(Request(self.url, headers=headers), timeout=TIMEOUT) as response:  # the address is a flag's, never a checkpoint's
-            span = response.headers.get("Content-Range") or ""
-            if not (start and response.status == 206 and span.startswith(f"bytes {start}-") and span.endswith(f"/{self.version['size']}")):
+            if start and response.status == 206:
+                span, size = response.headers.get("Content-Range") or "", self.version["size"]
+                if not (span.startswith(f"bytes {start}-") and span.endswith((f"/{size}", "/*"))):  # another part than was asked for
+                    self._discard()
+                    return self._attempt()
+            else:
                 start = 0  # the file has changed, or the server gives whole files only
                 self._begin(response.headers)
             size = self.version["size"]
-            with (
-                self.partial.open("r+b" if start else "wb", buffering=0) as file,
-                progress(self.target.name, size or 0, start) as advance,
-            ):
+            with self.partial.open("r+b" if start else "wb") as file, progress(self.target.name, size or 0, start) as advance:
                 file.seek(start)
-                try:
-                    while chunk := response.read(CHUNK):
-                        file.write(chunk)
-                        advance(len(chunk))
-                except (HTTPException, TimeoutError, ConnectionError) as error:
-                    return str(error) or type(error).__name__
+                while True:
+                    try:
+                        chunk = response.read(CHUNK)
+                    except (HTTPException, OSError) as error:  # of the network, whatever its kind; those of the disk are raised below
+                        return str(error) or type(error).__name__
+                    if not chunk:
+                        break
+                    file.write(chunk)
+                    advance(len(chunk))
+                file.flush()
                 os.fsync(file.fileno())
         return None if size is None or self._n_bytes() == size else "the connection was closed"
 

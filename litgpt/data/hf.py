@@ -12,7 +12,7 @@ from typing import Any
 
 from litgpt.data.base import SFTModule, split
 from litgpt.data.json_data import DEFAULT_FRACTION
-from litgpt.data.records import Record, messages_of
+from litgpt.data.records import Record, messages_of, without_nulls
 from litgpt.errors import MissingFile, UserError, did_you_mean, optional
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def load_rows(
     cache = None if download_dir is None else str(download_dir)
     with clear_errors(repo_id):
         if path.is_file():
-            builder = next((BUILDERS[suffix] for suffix in path.suffixes if suffix in BUILDERS), None)  # `.gz` may come after it
+            builder = next((BUILDERS[suffix] for suffix in reversed(path.suffixes) if suffix in BUILDERS), None)  # `.gz` may come after it
             if builder is None:
                 raise UserError(f"{path} is none of the files that data sets are read from: {', '.join(BUILDERS)}. Try `--data JSON`.")
             return datasets.load_dataset(builder, data_files=str(path), split=part, cache_dir=cache)
@@ -203,13 +203,6 @@ def check_columns(columns: Mapping[str, str], known: Mapping[str, Any] | Sequenc
 
 def _converted(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return without_nulls(renamed(row, columns))
-
-
-def without_nulls(value: Any) -> Any:
-    """Return a value without keys that are null: tables give every message all the keys that any message has."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.data.base import SFTModule, split
-from litgpt.data.records import Record, messages_of
+from litgpt.data.records import Record, messages_of, without_nulls
 from litgpt.errors import MissingFile, UserError, optional
+from litgpt.files import is_file, is_folder, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def find_files(path: Path, val_split_fraction: float | None, option: str) -> tup
         UserError: It is of no kind that is read, or there is a fraction although there are two files.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         if val_split_fraction is not None:
             raise UserError(f"{path} is a folder with its own `val` file, so `val_split_fraction` has no meaning. Leave it out.")
         return _find(path, "train"), _find(path, "val")
@@ -110,7 +111,7 @@ def load_split(json_path: Path, convert: Callable[[Mapping[str, Any]], Mapping[s
     """
     path = Path(json_path)
     read = _reader(path)
-    if not path.is_file():
+    if not is_file(path):
         raise MissingFile(f"There is no file {path}.")
     places, records = read(path)
     if not records:
@@ -169,19 +170,12 @@ def _too_much(error: ValueError | RecursionError) -> str:
 def read_parquet(path: Path) -> Read:
     """Return the records of a Parquet file and where each stands, for messages."""
     parquet, arrow = optional("pyarrow.parquet", "all"), optional("pyarrow", "all")
+    source = io.BytesIO(_bytes(path)) if path.suffix in COMPRESSED else path
     try:
-        table = parquet.read_table(io.BytesIO(_bytes(path)) if path.suffix in COMPRESSED else path)
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    records = [{key: _without_nulls(value) for key, value in record.items()} for record in table.to_pylist()]
+        records = [without_nulls(row) for row in parquet.read_table(source).to_pylist()]
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:  # the last ones: dates that Python lacks
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).partition(chr(10))[0]}") from None
     return [f"row {number}" for number in range(1, len(records) + 1)], records
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a value without the empty keys that Parquet gives to a mapping because others have them."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_csv(path: Path) -> Read:
@@ -221,15 +215,13 @@ def _text(path: Path) -> str:
 
 def _bytes(path: Path) -> bytes:
     """Return what a file holds, decompressed."""
+    content = read_bytes(path)
     try:
-        content = path.read_bytes()
         if path.suffix == ".gz":
             return gzip.decompress(content)
         return _from_zst(content) if path.suffix == ".zst" else content
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be decompressed ({error}). Compress or download it again.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _from_zst(content: bytes) -> bytes:
@@ -267,7 +259,7 @@ def _reader(path: Path) -> Callable[[Path], Read]:
 
 def _find(folder: Path, name: str) -> Path:
     possible = (folder / f"{name}{suffix}{compressed}" for suffix in SUFFIXES for compressed in ("", *COMPRESSED))
-    found = [file for file in possible if file.is_file()]
+    found = [file for file in possible if is_file(file)]
     if len(found) > 1:
         raise UserError(f"The folder {folder} has {' and '.join(file.name for file in found)}, of which one would be left out. Keep one.")
     if found:

@@ -12,6 +12,7 @@ from litgpt.data.base import SFTModule
 from litgpt.data.hf import clear_errors
 from litgpt.data.json_data import load_splits
 from litgpt.errors import UserError
+from litgpt.files import is_folder
 from litgpt.hub import endpoint
 
 SPEAKERS = ("user", "assistant")  # in turn
@@ -45,7 +46,7 @@ class LIMA(SFTModule):
 
     def _file(self) -> Path:
         """Return where the file is. It is fetched by its name, for the data set has a script too, which is not to be run."""
-        if Path(self.repo_id).is_dir():
+        if is_folder(Path(self.repo_id)):
             return Path(self.repo_id) / "train.jsonl"
         with clear_errors(self.repo_id):
             return Path(hf_hub_download(self.repo_id, "train.jsonl", repo_type="dataset", token=self._token, endpoint=endpoint()))

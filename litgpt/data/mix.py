@@ -8,9 +8,9 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset
 
-from litgpt.data.base import DataModule, SFTDataset, get_sft_collate_fn, seeded
+from litgpt.data.base import DataModule, Samples, SFTDataset, get_sft_collate_fn, seeded
 from litgpt.errors import UserError
 from litgpt.loss import IGNORED
 from litgpt.prompts import Message, PromptStyle
@@ -87,7 +87,7 @@ class Mix(DataModule):
         return [repeated(size, count, generator) for size, count in zip(sizes, counts)]
 
 
-class MixedSamples(Dataset):
+class MixedSamples(Samples):
     """Samples of several data sets, laid among each other evenly: any beginning of it has each one's share.
 
     Args:
@@ -99,9 +99,7 @@ class MixedSamples(Dataset):
         n_targets: How many of those are trained on.
         highest_id: The highest token id of all samples.
         data: The mappings of all parts, one part after the other.
-        cut: Which of `data` were too long and are cut.
-        dropped: Which of `data` are missing, by the reason.
-        n_lost: How many tokens of `data` are missing by either.
+        n_lost: How many tokens of `data` are cut off or missing.
         prompt_style: How the prompts of the first part are written.
     """
 
@@ -121,16 +119,6 @@ class MixedSamples(Dataset):
         }
         self.n_lost = sum(part.n_lost for part in parts)
         self.prompt_style: PromptStyle = parts[0].prompt_style
-
-    @property
-    def n_cut(self) -> int:
-        """How many samples of `data` are cut."""
-        return len(self.cut)
-
-    @property
-    def n_dropped(self) -> int:
-        """How many samples of `data` are missing."""
-        return sum(map(len, self.dropped.values()))
 
     def __len__(self) -> int:
         return len(self._owners)

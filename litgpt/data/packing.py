@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -63,6 +64,14 @@ def without_padding(microbatch: Microbatch) -> Microbatch:
         return microbatch
     ids, targets = (torch.cat([row[:n] for row, n in zip(rows, microbatch.unpadded, strict=True)]) for rows in microbatch[:2])
     return Microbatch(ids.unsqueeze(0), targets.unsqueeze(0), microbatch.n_tokens, microbatch.unpadded)
+
+
+def rounded_up(microbatch: Microbatch, multiple: int) -> Microbatch:
+    """Return texts laid end to end and, behind them, one of ignored tokens that makes the row's length a multiple; others as they are."""
+    ids, targets, n_tokens, lengths, _ = microbatch
+    if lengths is None or not (surplus := -ids.numel() % multiple):
+        return microbatch
+    return Microbatch(F.pad(ids, (0, surplus)), F.pad(targets, (0, surplus), value=IGNORED), n_tokens, [*lengths, surplus])
 
 
 def evened(microbatches: list[Microbatch], n_microbatches: int) -> list[Microbatch]:

@@ -114,6 +114,17 @@ def conversation_of(record: Mapping[str, Any], key: str, role: str | None = None
     return _with_system(record, checked)
 
 
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's row whose values have no keys that are null: tables give every message all the keys that any message has."""
+    return {column: _filled(value) for column, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
+
+
 def shown(value: Any) -> str:
     """A value for a sentence, shortened."""
     text = repr(value)

@@ -11,6 +11,7 @@ import torch
 from litgpt.data.base import DataModule, highest_id
 from litgpt.data.tokens import Encoded, TokenDataset, TokenStore, fitting_length, held_out_from, open_store, store_key
 from litgpt.errors import MissingFile, UserError
+from litgpt.files import cannot_read, check_readable, is_file, is_folder
 from litgpt.tokenizer import Tokenizer
 
 SUFFIX = ".txt"
@@ -108,13 +109,16 @@ def text_files(path: Path) -> list[Path]:
     """The text files of a folder in the order of their names, or the one that `path` names.
 
     Raises:
-        UserError: There are none.
+        UserError: There are none, or they may not be read.
     """
-    if path.is_file():
+    if is_file(path):
         return [path]
-    if not path.is_dir():
+    if not is_folder(path):
         raise MissingFile(f"There is no folder {path} to read {SUFFIX} files from.")
-    files = sorted(file for file in path.iterdir() if file.suffix == SUFFIX and file.is_file())
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix == SUFFIX and file.is_file())
+    except OSError as error:
+        raise cannot_read(path, error) from None
     if not files:
         deeper = next(path.rglob(f"*{SUFFIX}"), None)
         hint = f" There is {deeper}, but folders inside are not read." if deeper else ""
@@ -124,6 +128,7 @@ def text_files(path: Path) -> list[Path]:
 
 def cut_up(path: Path) -> list[Piece]:
     """The pieces of a file that are encoded one by one: as long as `PIECE` allows, up to the end of a line where there is one."""
+    check_readable(path)
     size = path.stat().st_size
     cuts = [0]
     if size > PIECE:
@@ -131,10 +136,9 @@ def cut_up(path: Path) -> list[Piece]:
             while size - cuts[-1] > PIECE:
                 limit = cuts[-1] + PIECE
                 cut = content.rfind(b"\n", cuts[-1], limit) + 1
-                if cut == 0:
-                    cut = limit
-                    while content[cut] & 0b1100_0000 == 0b1000_0000:  # inside a character
-                        cut -= 1
+                if cut == 0:  # no line ends here: cut before the character that the limit is in, unless the file is no text
+                    inside = (place for place in range(limit, limit - 4, -1) if content[place] & 0b1100_0000 != 0b1000_0000)
+                    cut = next(inside, limit)
                 cuts.append(cut)
     ends = [*cuts[1:], size]
     return [Piece(path, start, end, start == 0, end == size) for start, end in zip(cuts, ends)]

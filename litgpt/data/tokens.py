@@ -172,7 +172,8 @@ def open_store(
     Raises:
         UserError: There is nothing in the texts, or no room to write.
     """
-    spare = Path(tempfile.gettempdir()) / f"litgpt-tokens-{getattr(os, 'getuid', int)()}"
+    name = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:8]  # a key knows its files' names, but not their folder
+    spare = Path(tempfile.gettempdir()) / f"litgpt-tokens-{getattr(os, 'getuid', int)()}" / name
     for folder in (place, spare):
         if is_file(folder / key / INDEX):
             return TokenStore(folder / key)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt import names
+from litgpt.adapter_v2 import is_new
 from litgpt.cache import Latents, Span, upload
 from litgpt.checkpoint import find_adapter, load_updates, lora_settings, read_peft_updates, weightless
 from litgpt.config import Config
@@ -160,18 +161,9 @@ class AdapterLinear(nn.Module):
         super().__init__()
         self.__dict__["linear"] = linear  # no submodule, which would change the weights' names
         self._parameters, self._buffers = linear._parameters, linear._buffers
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.index, self.is_head = index, is_head
         self.stacks = {"weight": Stack.empty(linear, "weight")}
-
-    @property
-    def in_features(self) -> int:
-        """The width of the input."""
-        return self.linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        """The width of the output."""
-        return self.linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         y, stack, slots = self.linear(x), self.stacks["weight"], self.slots()
@@ -307,7 +299,11 @@ class Adapters:
     """
 
     def __init__(self, model: GPT, base: Path, max_adapters: int = 8) -> None:
-        self.model, self.base, self.max_adapters, self.index = model, base, max_adapters, AdapterIndex()
+        if any(is_new(name) for name, _ in model.named_parameters()):
+            raise UserError(
+                "No LoRA adapters can stand beside what Adapter trained. Leave out `adapters` and `adapter_dir`, or serve the base."
+            )
+        self.model, self.base, self.max_adapters, self.index = model, base.absolute(), max_adapters, AdapterIndex()
         self._plain = {name: layer for name, layer in model.named_modules() if can_be_wrapped(layer)}
         self._wrapped: dict[str, AdapterLinear | AdapterExperts] = {}
         self._slots: dict[str, int] = {}

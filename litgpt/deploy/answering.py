@@ -148,8 +148,8 @@ class Job:
         self._news: asyncio.Queue[tuple[int, float, Update]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._last = [perf_counter()] * len(self.answers)  # when each one's newest token came
-        timeout = service.limits.timeout
-        self._deadline = float("inf") if timeout is None else monotonic() + timeout
+        self._timeout = float("inf") if service.limits.timeout is None else service.limits.timeout
+        self._deadline = monotonic() + self._timeout
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -159,6 +159,8 @@ class Job:
         if self._is_closed:
             return
         self._is_closed = True
+        if len(self._waiting) == len(self.answers):  # it was refused, and took nothing
+            return
         for ticket in self._tickets.values():
             self.service.engine.cancel(ticket)
         self._tickets.clear()
@@ -185,13 +187,13 @@ class Job:
 
     def _submit_next(self) -> bool:
         """Hand over one answer; return whether there was room for it."""
-        index, timeout = self._waiting[0], self._deadline - monotonic()
+        index = self._waiting[0]
         try:
             with engine_errors():
                 ticket = self.service.engine.submit(
                     self.answers[index],
                     self._listener(index),
-                    timeout=None if timeout == float("inf") else max(timeout, 0.001),
+                    timeout=max(self._deadline - monotonic(), 0.001),
                     adapter=self.adapter,
                 )
         except QueueFull as error:
@@ -227,9 +229,17 @@ class Job:
             news = [await self._news.get()]
             while not self._news.empty():
                 news.append(self._news.get_nowait())
-            if parts := self._merged(news):
+            parts = self._merged(news)
+            self._wait_anew()
+            if parts:
                 yield parts
             self.submit()
+
+    def _wait_anew(self) -> None:
+        """Let answers that have not begun wait as long again, since others of the request go on."""
+        self._deadline = monotonic() + self._timeout
+        for ticket in self._tickets.values():
+            ticket.deadline = self._deadline
 
     def _merged(self, news: list[tuple[int, float, Update]]) -> list[Part]:
         """Return what updates tell, one part for each answer that has something new."""

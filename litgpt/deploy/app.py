@@ -207,6 +207,8 @@ async def unload_adapter(name: str, request: Request) -> Response:
     service = service_of(request)
     if service.adapter(name) is None:
         raise ApiError(400, f"{name!r} is the model itself, which stays.", "name")
+    if n := service.embedding[name]:
+        raise ApiError(409, f"The adapter {name!r} is in use ({n}). Unload it when its requests have ended.", "name", "model_in_use")
     try:
         await _in_engine(service, lambda: service.engine.unload(name))
     except ApiError as error:
@@ -226,14 +228,14 @@ async def _for_adapters(service: Service, work: Awaitable[T]) -> T:
     try:
         return await work
     except MissingFile as error:
-        raise ApiError(404, _without_folder(service, error)) from None
+        raise ApiError(404, _without_folders(service, error)) from None
     except UserError as error:
-        raise ApiError(400, _without_folder(service, error)) from None
+        raise ApiError(400, _without_folders(service, error)) from None
 
 
-def _without_folder(service: Service, error: UserError) -> str:
+def _without_folders(service: Service, error: UserError) -> str:
     """Return what is wrong, without where on the server's disk."""
-    return str(error).replace(f"{service.adapter_dir}/", "")
+    return str(error).replace(f"{service.adapter_dir}/", "").replace(str(service.adapters.base), service.name)
 
 
 # Tokens
@@ -246,6 +248,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     service.adapter(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Give one of `prompt` and `messages`.", "prompt")
+    if body.messages is not None and body.add_special_tokens is not None:
+        raise ApiError(400, "`add_special_tokens` is for a `prompt`: what messages get is in the prompt style.", "add_special_tokens")
     ids = await prepared(service, request, _ids, service, body, is_slow=n_turns(body.messages or []) > MANY_TURNS)
     return answered(Tokenized(tokens=ids, count=len(ids), max_model_len=service.engine.max_length))
 

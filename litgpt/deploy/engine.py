@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import NamedTuple, TypeVar
 
@@ -51,7 +51,7 @@ class Ticket:
     listener: Callable[[Update], None]
     deadline: float
     adapter: str | None
-    taken: float = field(default_factory=monotonic)
+    joined: float = 0.0  # when its computation began
     ended: str | None = None  # "cancelled" while it still has to leave
 
 
@@ -100,7 +100,7 @@ class Engine:
         self._waiting: deque[Ticket] = deque()
         self._running: dict[Answer, Ticket] = {}
         self._calls: deque[tuple[Callable[[], object], Future]] = deque()
-        self._state = "new"  # then "running", "draining", "stopped"
+        self._state = "new"  # then "running", "stopped"
         self._seconds_each = 1.0  # a running mean of how long a request is computed
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -190,14 +190,6 @@ class Engine:
             self.batch.forget(self.adapters.slot(adapter))
             self.adapters.unload(adapter)
 
-    def drain(self, timeout: float) -> bool:
-        """Take no more requests, and wait until those that were taken have ended; return whether they have in so many seconds."""
-        with self._changed:
-            if self._state == "running":
-                self._state = "draining"
-            idle = lambda: not (self._waiting or self._running or self._calls) or not self._thread.is_alive()  # noqa: E731
-            return self._changed.wait_for(idle, timeout)
-
     def stop(self) -> None:
         """End the thread; requests that are not finished end as cancelled."""
         with self._changed:
@@ -210,7 +202,7 @@ class Engine:
         if self.failure is not None:
             raise EngineFailed(f"The engine broke: {type(self.failure).__name__}.")
         if self._state != "running":
-            raise EngineStopping("The server is starting or about to end." if self._state != "new" else "The server is starting.")
+            raise EngineStopping("The server is starting." if self._state == "new" else "The server is about to end.")
 
     # In the engine's thread
 
@@ -239,7 +231,6 @@ class Engine:
                     return False
                 if self._running or self._calls:
                     return True
-                self._changed.notify_all()  # for `drain`
                 self._changed.wait()
 
     def _let_go(self) -> None:
@@ -248,17 +239,18 @@ class Engine:
         due = [ticket for ticket in (*self._waiting, *self._running.values()) if ticket.ended or late(ticket)]
         for ticket in due:
             if ticket.answer in self._running:
-                del self._running[ticket.answer]
                 self.batch.leave(ticket.answer)
+                del self._running[ticket.answer]
             else:
                 self._waiting.remove(ticket)
             self._tell(ticket, Update([], [], ticket.ended or "timeout"))
 
     def _join(self, ticket: Ticket) -> None:
+        self._running[ticket.answer] = ticket  # before anything can break, so that whoever asked hears of it
         if ticket.adapter is not None:
             ticket.answer.slot = self.adapters.slot(ticket.adapter)
         self.batch.join(ticket.answer)
-        self._running[ticket.answer] = ticket
+        ticket.joined = monotonic()
         self.counters["prompt_tokens"] += len(ticket.answer.prompt)
         self.counters["reused_tokens"] += ticket.answer.n_reused
 
@@ -270,7 +262,7 @@ class Engine:
             if answer.finish is not None:
                 with self._changed:
                     del self._running[answer]
-                    self._seconds_each += 0.1 * (monotonic() - ticket.taken - self._seconds_each)
+                    self._seconds_each += 0.1 * (monotonic() - ticket.joined - self._seconds_each)
             self.counters["generated_tokens"] += len(tokens)
             self._tell(ticket, Update(tokens, logprobs, answer.finish))
         self.counters["steps"] += 1
@@ -306,11 +298,12 @@ class Engine:
             self._waiting.clear()
             self._running.clear()
             self._calls.clear()
-            self._changed.notify_all()
         for ticket in tickets:
             self._tell(ticket, Update([], [], finish))
+        why = EngineFailed("The engine broke.") if finish == "error" else EngineStopping("The server is about to end.")
         for _, future in calls:
-            future.set_exception(EngineFailed("The engine broke.") if finish == "error" else EngineStopping("The server is about to end."))
+            if future.set_running_or_notify_cancel():  # else nobody waits for it any more
+                future.set_exception(why)
 
 
 COUNTERS = (

@@ -48,7 +48,7 @@ class _EngineState(Collector):
         engine = self.engine
         yield GaugeMetricFamily("litgpt_running", "Answers that are being made.", engine.n_running)
         yield GaugeMetricFamily("litgpt_waiting", "Answers that wait for a row.", engine.n_waiting)
-        yield GaugeMetricFamily("litgpt_alive", "1 while the engine works.", float(engine.failure is None and engine.is_alive))
+        yield GaugeMetricFamily("litgpt_alive", "1 while the engine works.", float(engine.is_alive))
         for name, value in engine.counters.items():
             yield CounterMetricFamily(f"litgpt_engine_{name}", f"The engine's {name.replace('_', ' ')}.", value)
 

@@ -168,7 +168,7 @@ class Function(Strict):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="The JSON schema of its arguments, an object.")
-    strict: bool | None = None
+    strict: bool | None = Field(None, description="Has no effect: calls that `tool_choice` asks for always keep to the schema.")
 
 
 class Tool(Strict):

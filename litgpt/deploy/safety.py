@@ -31,6 +31,7 @@ MAX_HEADER_BYTES = 32 * 1024  # the request line and all headers together
 HEADER_SECONDS = 10.0  # from a connection's or a request's first byte to the end of its headers
 BODY_SECONDS = 60.0  # from there to the end of its body
 STALLED_SECONDS = 30.0  # how long a client may leave what was sent to it unread
+SLOWEST = 2**16  # bytes that a client has to read in a second, of more than could be sent at once
 LOGGED_CHARACTERS = 4000  # of a body, with `log_prompts`
 HEADERS = {  # of every answer that has no other
     b"x-content-type-options": b"nosniff",
@@ -63,13 +64,14 @@ class Guard:
 
     Attributes:
         is_ending: Set it to refuse new requests from now on.
-        n_active: How many requests the app works on.
+        active: The requests that the app works on.
     """
 
     def __init__(self, app: App, *, key: str | None, max_body: int, page: Iterable[str] = (), log_prompts: bool = False) -> None:
         self.app, self.max_body, self.log_prompts = app, max_body, log_prompts
         self.open = OPEN.union(page)
-        self.is_ending, self.n_active = False, 0
+        self.is_ending = False
+        self.active: set[Exchange] = set()
         self.key = None if key is None else digest(key.encode())
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -88,11 +90,11 @@ class Guard:
                 await exchange.refuse(refusal)
                 return
             if not exchange.is_abandoned:
-                self.n_active += 1
+                self.active.add(exchange)
                 try:
                     await self.app(scope, exchange.receive, exchange.send)
                 finally:
-                    self.n_active -= 1
+                    self.active.remove(exchange)
         finally:
             exchange.report(self.log_prompts)
 
@@ -310,7 +312,8 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Wait for a client that does not read, but not for ever."""
         super().pause_writing()
-        self.stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+        seconds = STALLED_SECONDS + self.transport.get_write_buffer_size() / SLOWEST
+        self.stalled = self.loop.call_later(seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         """Go on, as the client has read."""

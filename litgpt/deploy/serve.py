@@ -171,8 +171,8 @@ def refuse_later(devices: int, generate_strategy: str | None) -> None:
 def check_defaults(defaults: Defaults) -> None:
     """Refuse values that no answer could be sampled with."""
     RowState(defaults.temperature, defaults.top_k, defaults.top_p, min_p=defaults.min_p, seed=0)
-    if defaults.max_new_tokens < 1:
-        raise UserError(f"`max_new_tokens` must be at least 1, but got {defaults.max_new_tokens}.")
+    if not 1 <= defaults.max_new_tokens <= Limits.max_tokens:
+        raise UserError(f"`max_new_tokens` must be at least 1, up to {Limits.max_tokens}, but got {defaults.max_new_tokens}.")
 
 
 def seconds(value: float, name: str) -> float:
@@ -363,16 +363,17 @@ class Life:
     async def drain(self) -> None:
         """Refuse new requests and wait for those under way, but not for clients that do not read what is ready."""
         self.service.is_ready, self.guard.is_ending = False, True
-        if self.guard.n_active:
-            note(f"Ending: {self.guard.n_active} requests are under way and have {self.grace:g} seconds.")
+        active = self.guard.active
+        if active:
+            note(f"Ending: {len(active)} requests are under way and have {self.grace:g} seconds.")
         start = busy = monotonic()
-        while self.guard.n_active and (now := monotonic()) < start + self.grace:
-            if self.engine.n_running + self.engine.n_waiting:
+        while active and (now := monotonic()) < start + self.grace:
+            if self.engine.n_running + self.engine.n_waiting or any(exchange.status is None for exchange in active):
                 busy = now
             elif now > busy + LAST_WORDS:
                 return
             await asyncio.sleep(0.02)
-        if self.guard.n_active:
+        if active:
             log.warning("The grace time is over: what is not finished is broken off.")
 
     async def finish(self, serving: asyncio.Task) -> None:

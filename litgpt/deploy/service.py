@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Limits:
         max_tools: Functions.
         max_schema: Characters of a JSON schema.
         max_scored: Probabilities of the tokens of prompts, those of the likeliest tokens beside them included.
-        timeout: Seconds until an answer must have begun; None for no end.
+        timeout: Seconds that it waits for an answer, or for the next of several, to begin; None for no end.
     """
 
     max_body: int = 4 * 2**20
@@ -116,13 +117,14 @@ class Service:
     api_path: str = "/predict"
     stream: bool = False
     openai_spec: bool = False
-    n_embedding: int = 0  # requests for vectors under way
+    embedding: Counter[str | None] = field(default_factory=Counter)  # requests for vectors under way, by adapter
     is_ready: bool = False  # set once it is warmed up, and taken back when it drains
     started: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.measures = Measures(self.engine)
         self.stop_tokens = self.speaker.stop_tokens
+        self.adapter_dir = self.adapter_dir and self.adapter_dir.absolute()  # as errors name what is in it
         self._turn = asyncio.Semaphore(1)
         self.loaded = {name: self.started for name in self.adapter_names}  # when
 

@@ -11,12 +11,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+import yaml
 
 from litgpt.checkpoint import DTYPES, described_by, find_adapter
 from litgpt.config import Config
 from litgpt.errors import MissingFile, UserError, did_you_mean
 from litgpt.eval.harness import as_lm, lm_eval_module
-from litgpt.files import cannot_write
+from litgpt.files import cannot_write, read_text
 from litgpt.generate.run import Speaker, load_weights
 from litgpt.hardware import compute_dtype, find_device
 from litgpt.names import CONFIG, PARTIAL
@@ -74,7 +75,7 @@ def convert_and_evaluate(
         seed: Chooses the solved examples, and what is drawn in answers that are not greedy.
         save_filepath: The file for the results. By default `results.json` in `out_dir`.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
-        adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
+        adapter: A folder of LoRA updates, such as a PEFT adapter, or of what Adapter trained, to add to the model, whatever model it names.
         quantize: Hold the model's weights in 4 bits (bnb.nf4, a little worse: bnb.fp4), with `-dq` in a bit less still, or in 8 (bnb.int8).
             4 bits need the package of `pip install -e '.[all]'`.
         include_path: A folder with tasks of your own, which are YAML files as lm-eval has them.
@@ -304,15 +305,20 @@ def list_tasks(include_path: Path | None) -> None:
     print("\nThese are the tasks of lm-eval. Evaluate on some with: litgpt evaluate CHECKPOINT --tasks hellaswag,mmlu")
 
 
-def task_manager(include_path: Path | None) -> Any:
+def task_manager(include_path: Path | None, knows_all: bool = True) -> Any:
     """Return lm-eval's index of tasks, of its own and of a folder.
+
+    Args:
+        include_path: The folder.
+        knows_all: Whether to read lm-eval's own tasks, of which there are many thousands, so that it takes seconds.
 
     Raises:
         MissingFile: There is no such folder.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise MissingFile(f"There is no folder {include_path} to look for tasks in. `include_path` names a folder with YAML files.")
-    return lm_eval_module("lm_eval.tasks").TaskManager(include_path=None if include_path is None else str(include_path))
+    more = {} if knows_all else {"include_defaults": False}
+    return lm_eval_module("lm_eval.tasks").TaskManager(include_path=None if include_path is None else str(include_path), **more)
 
 
 def find_tasks(names: list[str], include_path: Path | None) -> Any:
@@ -323,7 +329,7 @@ def find_tasks(names: list[str], include_path: Path | None) -> Any:
     """
     if not names:
         raise UserError("`tasks` names no task. Name some, as in --tasks hellaswag,mmlu; `litgpt evaluate list` prints all.")
-    manager = task_manager(include_path)
+    manager = task_manager(include_path, knows_all=not all(map(_is_whole_task, names)))
     for name in list(names):
         found = [name] if name in manager.task_index or _is_task_file(name) else manager.match_tasks([name])
         if not found:
@@ -337,6 +343,18 @@ def find_tasks(names: list[str], include_path: Path | None) -> Any:
 
 def _is_task_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+def _is_whole_task(name: str) -> bool:
+    """Whether a name is that of a file that names no other task."""
+    if not _is_task_file(name):
+        return False
+    try:
+        content = yaml.compose(read_text(Path(name)), yaml.SafeLoader)  # not its values, which may be functions
+    except (yaml.YAMLError, RecursionError):  # which lm-eval tells of when it loads the file
+        return False
+    keys = content.value if isinstance(content, yaml.MappingNode) else ()
+    return bool(keys) and not any(isinstance(key, yaml.ScalarNode) and key.value in ("group", "include") for key, _ in keys)
 
 
 def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:

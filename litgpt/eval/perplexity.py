@@ -78,7 +78,7 @@ def main(
         batch_size: How many windows to read at a time; `auto` for as many as suit this machine. Does not change the results.
         device: Where to compute: cpu, cuda, cuda:1, mps. By default the GPU, if there is one.
         dtype: The type of weights and computation: float32, bfloat16 or float16. By default the one that is fast on this machine.
-        adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
+        adapter: A folder of LoRA updates, such as a PEFT adapter, or of what Adapter trained, to add to the model, whatever model it names.
         quantize: Hold the model's weights in 4 bits (bnb.nf4, a little worse: bnb.fp4), with `-dq` in a bit less still, or in 8 (bnb.int8).
             4 bits need the package of `pip install -e '.[all]'`.
         save_filepath: A file to write the results to, as JSON.

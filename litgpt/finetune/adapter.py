@@ -14,7 +14,7 @@ from litgpt.adapter import add_adapter
 from litgpt.args import OptimizerArgs
 from litgpt.files import atomic_folder
 from litgpt.finetune.loop import Base, Extras, Method, finetune, write_side_files
-from litgpt.quantize import QuantizeTraining
+from litgpt.quantize import Quantize
 
 OPTIMIZER = OptimizerArgs(lr=1e-3)
 
@@ -22,7 +22,7 @@ OPTIMIZER = OptimizerArgs(lr=1e-3)
 def setup(
     checkpoint_dir: Path,
     *,
-    quantize: QuantizeTraining | None = None,
+    quantize: Quantize | None = None,
     out_dir: Path = Path("out/finetune/adapter"),
     optimizer: OptimizerArgs = OPTIMIZER,
     **shared: Any,

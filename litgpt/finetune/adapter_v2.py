@@ -8,13 +8,13 @@ from litgpt.adapter_v2 import add_adapter_v2
 from litgpt.args import OptimizerArgs
 from litgpt.finetune.adapter import OPTIMIZER, quantized, write
 from litgpt.finetune.loop import Method, finetune
-from litgpt.quantize import QuantizeTraining
+from litgpt.quantize import Quantize
 
 
 def setup(
     checkpoint_dir: Path,
     *,
-    quantize: QuantizeTraining | None = None,
+    quantize: Quantize | None = None,
     out_dir: Path = Path("out/finetune/adapter-v2"),
     optimizer: OptimizerArgs = OPTIMIZER,
     **shared: Any,

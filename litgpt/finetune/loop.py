@@ -32,18 +32,9 @@ from litgpt.model import GPT
 from litgpt.optim import check_schedule, make_optimizer
 from litgpt.prompts import PromptStyle, encode_prompt, save_prompt_style, save_stop_tokens
 from litgpt.quantize import bytes_per_weight, check_quantize, quantize_model
-from litgpt.run import (
-    Run,
-    check_finite,
-    check_ids,
-    counted,
-    described,
-    digest,
-    fingerprint,
-    prepared,
-    sample_length,
-)
+from litgpt.run import Run
 from litgpt.run_folder import check_room, run_folder, step_to_resume, write_options
+from litgpt.run_inputs import check_finite, check_ids, counted, described, digest, fingerprint, prepared, sample_length
 from litgpt.run_state import saved_precision
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
@@ -274,7 +265,7 @@ def find_base(checkpoint_dir: Path, access_token: str | None, needs_weights: boo
     if (folder / names.ADAPTER_CONFIG).is_file() and not (folder / names.CONFIG).is_file():
         raise UserError(f"{folder} holds the updates of a model, not a model. Merge them first: litgpt merge_lora {folder}")
     refuse_adapter(folder)
-    return folder
+    return folder.absolute()  # what is written names it, and may be read from elsewhere
 
 
 def prepared_model(

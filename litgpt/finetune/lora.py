@@ -13,9 +13,9 @@ from litgpt import names
 from litgpt.checkpoint import adapter_writer, load_model, write_checkpoint
 from litgpt.files import is_file
 from litgpt.finetune.loop import Base, Extras, Method, finetune
-from litgpt.lora import LoRA, add_lora, merge_lora_weights
+from litgpt.lora import LoRA, add_lora, lora_filter, merge_lora_weights
 from litgpt.model import GPT
-from litgpt.quantize import QuantizeTraining
+from litgpt.quantize import Quantize
 
 FASTER = ("lora_B", "lora_up_B", "lora_down_B")  # what LoRA+ gives a learning rate of its own: B of linear layers, and of experts
 
@@ -36,7 +36,7 @@ def setup(
     lora_rslora: bool = False,
     lora_dora: bool = False,
     lora_plus_ratio: float | None = None,
-    quantize: QuantizeTraining | None = None,
+    quantize: Quantize | None = None,
     out_dir: Path = Path("out/finetune/lora"),
     **shared: Any,
 ) -> None:
@@ -107,7 +107,8 @@ def write(folder: Path, weights: Mapping[str, Tensor], base: Base, extras: Extra
     """Make a Hugging Face folder of the base with the updates added, in the base's own dtype, and a PEFT adapter inside it."""
     model = load_model(base.folder)  # the one that was trained may hold its frozen weights in fewer bits
     add_lora(model, lora)
-    model.load_state_dict(weights, strict=False)
+    left = model.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys and not any(lora_filter(name, None) for name in left.missing_keys)
     write_adapter = adapter_writer(model, lora, str(base.folder))
     merge_lora_weights(model)
 

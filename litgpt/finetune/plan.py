@@ -1,7 +1,7 @@
 """What a finetuning run will take, before it begins: its steps, its memory, and which flags would save some of that."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,7 +19,7 @@ from litgpt.launch import PRECISIONS
 from litgpt.model import GPT
 from litgpt.optim import make_optimizer, warmup_steps
 from litgpt.quantize import KINDS, bytes_per_weight, check_quantize, is_quantizable, quantized
-from litgpt.run import counted
+from litgpt.run_inputs import counted
 from litgpt.scripts.batches import Batches, batches_of, batches_of_texts, texts_of
 from litgpt.scripts.memory_plan import Pass, blocks_to_recompute, cast, in_words, measured_pass, without_numbers
 from litgpt.training import Limits
@@ -47,8 +47,10 @@ class Measured(NamedTuple):
     n_trained: int
     n_quantizable: int
     weights: int  # buffers included
+    buffers: int  # of that: quantized weights, which every device holds whole
     stored: int  # the weights of the model alone, as they lie on the disk
-    largest: int  # of a block
+    block: int  # the parameters of the largest block
+    outside: int  # those of no block: embedding, head and norm
     trained: list[tuple[int, torch.dtype, int]]  # numbers, type and dimensions of each trained parameter
     passes: Pass
 
@@ -214,20 +216,26 @@ def measure(method: Trained, config: Config, precision: str, batches: Batches, s
         method.prepare(model, 0)
         any_frozen = not all(parameter.requires_grad for parameter in model.parameters())
         cast(model, policy.frozen, policy.trained if any_frozen else None)
-        weights = [*model.parameters(), *model.buffers()]
+        blocks = [_nbytes(block.parameters()) for block in model.transformer.h]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Measured(
             n_parameters=n_own + _numbers(model) - n_before,
             n_trained=sum(parameter.numel() for parameter in trained),
             n_quantizable=n_quantizable,
-            weights=sum(weight.nbytes for weight in weights),
+            weights=_nbytes(model.parameters()) + _nbytes(model.buffers()),
             stored=n_own * stored.itemsize,
-            largest=max(sum(weight.nbytes for weight in (*block.parameters(), *block.buffers())) for block in model.transformer.h),
+            buffers=_nbytes(model.buffers()),
+            block=max(blocks),
+            outside=_nbytes(model.parameters()) - sum(blocks),
             trained=[(parameter.numel(), parameter.dtype, parameter.ndim) for parameter in trained],
             passes=measured_pass(
                 model.train(), batches.rows, batches.length, batches.lengths, None if products == policy.frozen else products
             ),
         )
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _numbers(module: nn.Module) -> int:
@@ -258,17 +266,23 @@ def memory_of(
     else:
         n_recomputed = blocks_to_recompute(found.passes, wanted * GB, accumulates)
     peak = found.passes.peak(n_recomputed, accumulates)
-    gathered = 2 * found.largest if n_slices > 1 else 0  # a block and the next one are whole
+    whole, whole_gradients = _gathered(found) if n_slices > 1 else (0, 0)
     state = optimizer_bytes(optimizer, found.trained)
     memory = Memory(
-        weights=found.weights // n_slices + gathered,
-        gradients=peak.gradients // n_slices,
+        weights=(found.weights - found.buffers) // n_slices + found.buffers + whole,
+        gradients=peak.gradients // n_slices + whole_gradients,
         optimizer=state // n_slices,
         activations=peak.activations,
         logits=peak.logits,
         program=program,
     )
     return memory, n_recomputed
+
+
+def _gathered(found: Measured) -> tuple[int, int]:
+    """Return what of weights and gradients is whole where devices hold slices: a block and the next one, and all that is in no block."""
+    first, *blocks, last = found.passes.gradients
+    return 2 * found.block + found.outside, max(blocks) + first + last
 
 
 def optimizer_bytes(args: OptimizerArgs, trained: Sequence[tuple[int, torch.dtype, int]]) -> int:
@@ -289,7 +303,7 @@ def _remembered(args: OptimizerArgs, parameter: nn.Parameter) -> float:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the type of a checkpoint's weights, as its config.json says; bf16 where it does not."""
-    described = read_json(folder / names.CONFIG) if (folder / names.CONFIG).is_file() else {}
+    described = read_json(folder / names.CONFIG)
     known = str(described.get("dtype") or described.get("torch_dtype")).removeprefix("torch.")
     return getattr(torch, known) if known in names.DTYPES else torch.bfloat16
 

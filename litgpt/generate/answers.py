@@ -38,7 +38,7 @@ class Generated(NamedTuple):
     """An answer and how it came about."""
 
     text: str
-    tokens: list[int]  # without those that ended it
+    tokens: list[int]  # without an end token; those that a stop string ended in are among them
     logprobs: list[TokenLogprob]  # of the tokens, if they were asked for
     finish: str  # "stop", or "length" where it was cut off
 
@@ -126,6 +126,7 @@ class Reply:
 
     def __init__(self, answer: Answer, tokenizer: Tokenizer, stop: Sequence[str] = (), behind: Sequence[int] = ()) -> None:
         self.answer, self.text, self.started = answer, "", 0.0
+        self.error: str | None = None  # why the answer broke off, in one sentence
         self._decoder, self._matcher = StreamDecoder(tokenizer), StopMatcher(stop)
         for token in behind:
             self._decoder.push(token)
@@ -194,7 +195,9 @@ def new_reply(
     return Reply(answer, tokenizer, options.stops, behind)
 
 
-def write(model: GPT, replies: Iterable[Reply], rows: int, length: int, cache: Cache | None = None) -> Iterator[Progress]:
+def write(
+    model: GPT, replies: Iterable[Reply], rows: int, length: int, cache: Cache | None = None, goes_on: bool = False
+) -> Iterator[Progress]:
     """Fill replies, several at a time, and yield what each step adds; a reply whose answer has a `finish` is done.
 
     Args:
@@ -203,17 +206,18 @@ def write(model: GPT, replies: Iterable[Reply], rows: int, length: int, cache: C
         rows: How many at a time.
         length: The most tokens that one of them and its prompt have.
         cache: The memory; by default a new one.
+        goes_on: Whether a reply that breaks off, and so has an `error`, leaves the others as they are, instead of being raised.
 
     Raises:
-        UserError: The memory does not fit, or the model computes no numbers.
+        UserError: The memory does not fit; or the model computes no numbers, or a grammar has become too ambiguous.
     """
     if model.rope.depends_on_length and cache is None:  # then an answer follows from its memory's length too: each gets its own
-        return chain.from_iterable(_write(Batch(model, new_cache(model, 1, reply.length), CHUNK), [reply]) for reply in replies)
+        return chain.from_iterable(_write(Batch(model, new_cache(model, 1, reply.length), CHUNK), [reply], goes_on) for reply in replies)
     batch = Batch(model, cache or new_cache(model, rows, length), max(CHUNK, rows), keeps_prefixes=rows > 1)
-    return _write(batch, replies)
+    return _write(batch, replies, goes_on)
 
 
-def _write(batch: Batch, replies: Iterable[Reply]) -> Iterator[Progress]:
+def _write(batch: Batch, replies: Iterable[Reply], goes_on: bool) -> Iterator[Progress]:
     waiting, filling = iter(replies), {}
     more = True
     while more or filling:
@@ -226,9 +230,11 @@ def _write(batch: Batch, replies: Iterable[Reply]) -> Iterator[Progress]:
                 batch.join(reply.answer)
                 filling[reply.answer] = reply
         for answer, tokens in batch.step():
-            if answer.finish == "error":
-                raise UserError(answer.error)
             reply, was_running = filling[answer], answer.finish is None
+            if answer.finish == "error":
+                reply.error = answer.error
+                if not goes_on:
+                    raise UserError(reply.error)
             text = reply.push(tokens)
             if answer.finish is not None:
                 del filling[answer]

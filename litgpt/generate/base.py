@@ -70,7 +70,7 @@ def main(
             `content`, and maybe an `id` that comes back with the answer, and options such as `seed` or `temperature` for this prompt alone.
             A `.json` file is a list of such mappings, and a `.txt` file has a prompt a line. `-` reads lines of JSON from standard input.
         out: Where the answers to `prompts` go. By default to standard output.
-        adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights, whatever model it was trained beside.
+        adapter: A folder of LoRA updates, such as a PEFT adapter, or of what Adapter trained, to add to the model, whatever model it names.
         num_samples: How many answers to generate to each prompt.
         batch_size: How many answers are generated at a time. In 32-true they do not depend on it.
         max_new_tokens: The most tokens that an answer may have.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from litgpt.errors import MissingFile, UserError, did_you_mean
 from litgpt.files import cannot_write, is_file, is_folder, kind_of, read_bytes, read_text
 from litgpt.generate.answers import NUMBERS, Options, Reply, new_reply, write
-from litgpt.generate.batch import TokenLogprob
+from litgpt.generate.batch import TokenLogprob, check_ids
 from litgpt.generate.memory import room
 from litgpt.generate.run import Speaker, note
 from litgpt.tokenizer import Tokenizer
@@ -195,7 +195,7 @@ def _tasks(speaker: Speaker, line: Line, options: Options, sys_prompt: str | Non
     """Return the answers to make to one line.
 
     Raises:
-        UserError: It is wrong, or too long.
+        UserError: It is wrong, too long, or has tokens that the model does not know.
     """
     if line.error is not None:
         raise UserError(line.error)
@@ -205,6 +205,7 @@ def _tasks(speaker: Speaker, line: Line, options: Options, sys_prompt: str | Non
     options = replace(options, **own)
     options.row()  # checks
     room(len(ids), options.max_new_tokens, speaker.model.config.block_size)
+    check_ids(ids, speaker.model.config.padded_vocab_size)
     return [Task(line, i, ids, replace(options, seed=(options.seed or 0) + i)) for i in range(num_samples)]
 
 
@@ -214,13 +215,16 @@ def _write_answers(
     """Make the answers and write their records; return the lines that could not be answered, and why."""
     wrong, begun = [], {}
 
+    def refuse(line: Line, error: str) -> None:
+        wrong.append((line, error))
+        results.write(_said(line) | {"error": error})
+
     def replies() -> Iterator[Reply]:
         for task in tasks:
             try:
                 reply = new_reply(speaker.model, speaker.tokenizer, task.ids, task.options, speaker.stop_tokens)
             except UserError as error:
-                wrong.append((task.line, str(error)))
-                results.write(_said(task.line) | {"error": str(error)})
+                refuse(task.line, str(error))
                 continue
             begun[reply] = task
             yield reply
@@ -230,11 +234,14 @@ def _write_answers(
     length = min(max(len(task.ids) + task.options.max_new_tokens for task in tasks), speaker.model.config.block_size)
     start = told = perf_counter()
     n_done = n_tokens = 0
-    for step in write(speaker.model, replies(), min(batch_size, len(tasks)), length):
+    for step in write(speaker.model, replies(), min(batch_size, len(tasks)), length, goes_on=True):
         if step.reply.answer.finish is not None:
             task = begun.pop(step.reply)
-            key = keys[task.line.index, task.sample]
-            results.write(record_of(task, step.reply, speaker.tokenizer) | {"seed": task.options.seed, "key": key})
+            if step.reply.error is not None:
+                refuse(task.line, step.reply.error)
+            else:
+                key = keys[task.line.index, task.sample]
+                results.write(record_of(task, step.reply, speaker.tokenizer) | {"seed": task.options.seed, "key": key})
             n_done, n_tokens = n_done + 1, n_tokens + len(step.reply.answer.made)
             if perf_counter() - told > PAUSE or n_done == len(tasks):
                 told = perf_counter()

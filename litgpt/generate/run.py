@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from litgpt.checkpoint import described_by, find_adapter, load_model
+from litgpt.checkpoint import described_by, find_adapter, has_updates, load_model
 from litgpt.errors import UserError
 from litgpt.files import kind_of
 from litgpt.generate.memory import compile_blocks
@@ -57,7 +57,7 @@ def load(
         precision: The type of weights and products; by default the one that is fast here.
         compile: Whether to compile the model's blocks.
         access_token: For a model that has to be downloaded.
-        adapter: A folder of LoRA updates to add to the model's weights.
+        adapter: A folder of LoRA updates, or of what Adapter trained, to add to the model.
         accelerator: Which device, see `hardware.find_device`.
     """
     dtype = compute_dtype(accelerator) if precision is None else products_dtype(precision)
@@ -81,9 +81,15 @@ def load_weights(
         folder: See `load_model`.
         dtype: Of weights and products.
         device: Where to put the model.
-        adapter: A folder of LoRA updates to add to the model's weights, before those are quantized.
+        adapter: A folder of LoRA updates, which are added to the weights before those are quantized, or of what Adapter trained.
         quantize: In how few bits to hold the weights.
+
+    Raises:
+        UserError: A file is damaged, or what is to be added to a model is to be added to updates.
     """
+    if adapter is not None and has_updates(folder):
+        way = "Name that model instead; merge_lora makes one of a model and LoRA updates."
+        raise UserError(f"{folder} holds what was trained beside a model, to which nothing else can be added, such as {adapter}. {way}")
     if quantize is None:
         return load_model(folder, dtype=dtype, device=device, adapter=adapter)
     quantized = partial(quantize_model, kind=quantize, dtype=dtype, device=device)

@@ -81,7 +81,7 @@ class RowState:
                 raise UserError(f"`{name}` is a number, from -{MOST:,} to {MOST:,}, but got {getattr(self, name)}. Use 0 for none.")
         if self.seed is None:
             self.seed = int(torch.randint(2**62, (), device="cpu"))
-        self.generator = Random(self.seed)
+        self.generator = Random(self.seed % 2**64)  # which takes no notice of a sign
 
     @property
     def is_greedy(self) -> bool:

@@ -99,7 +99,7 @@ def find_checkpoint(
         access_token: For the hub, see `download_from_hub`.
         tokenizer_only: Neither weights nor config are needed.
         dtype: Of the weights that are downloaded or imported.
-        needs_weights: Refuse a folder without weights.
+        needs_weights: Refuse a folder without weights, and download them.
         needs_tokenizer: Refuse a folder without a tokenizer.
 
     Raises:
@@ -131,7 +131,7 @@ def find_checkpoint(
         repository = hub.find_repository(text, access_token)
     except hub.NotOnHub as error:
         raise error if text in known_names() else MissingFile(nowhere(text, str(error))) from None
-    return fetch_repository(repository, tokenizer_only, dtype, Path(names.CHECKPOINTS))
+    return fetch_repository(repository, tokenizer_only or not needs_weights, dtype, Path(names.CHECKPOINTS))
 
 
 def nowhere(text: str, reason: str = "") -> str:
@@ -272,7 +272,7 @@ def fetch_repository(repository: hub.Repository, tokenizer_only: bool, dtype: st
     with one_at_a_time(checkpoint_dir):
         if _is_there(target, tokenizer_only):
             return target
-        wanted = f"the tokenizer of {repository.id}" if tokenizer_only else repository.id
+        wanted = f"config and tokenizer of {repository.id}" if tokenizer_only else repository.id
         print(f"Downloading {wanted} from the hub to {target}.", file=sys.stderr, flush=True)
         _collect(repository, partial, tokenizer_only)
         if dtype is not None and not tokenizer_only:

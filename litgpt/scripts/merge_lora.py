@@ -12,7 +12,7 @@ from litgpt.hardware import products_dtype
 from litgpt.lora import merge_lora_weights
 from litgpt.scripts.convert_lit_checkpoint import name_stop_tokens
 from litgpt.scripts.download import find_checkpoint
-from litgpt.weight_files import MAX_SHARD_SIZE, plain_files, shard_bytes, stored_dtype
+from litgpt.weight_files import MAX_SHARD_SIZE, plain_files, shard_bytes
 
 
 def merge_lora(
@@ -47,7 +47,7 @@ def merge_lora(
     model, base = load_lora(folder, base)
     check_side_files(base)
     merge_lora_weights(model)
-    dtype = products_dtype(precision) if precision is not None else stored_dtype(base)
+    dtype = products_dtype(precision) if precision is not None else None  # else each weight keeps its own
     merged = folder / f"merged-{uuid4().hex[:8]}"  # its files are moved up when all of them are written
 
     def extras(folder: Path) -> None:

@@ -8,6 +8,7 @@ from io import StringIO
 from itertools import groupby
 from pathlib import Path
 
+from lightning.fabric import Fabric
 from rich.console import Console
 from rich.text import Text
 
@@ -22,7 +23,7 @@ from litgpt.lora import LoRA, add_lora
 from litgpt.loss import IGNORED
 from litgpt.metrics import train_flops_per_token
 from litgpt.model import GPT
-from litgpt.run import check_ids, counted, sample_length
+from litgpt.run_inputs import check_ids, counted, prepared, sample_length
 from litgpt.scripts.batches import Batches, batches_of
 from litgpt.scripts.download import find_checkpoint
 from litgpt.scripts.memory_plan import cast, in_words, measured_pass, without_numbers
@@ -83,10 +84,8 @@ def read(data: DataModule, tokenizer: Tokenizer, config: Config, train: TrainArg
     """
     data.ignore_index = IGNORED
     data.connect(tokenizer, train.micro_batch_size, sample_length(train, config))
-    data.prepare_data()
-    data.setup()
-    samples, val_samples = data.train_dataset, data.val_dataset or []
-    if samples is None or not len(samples) or not isinstance(samples[0], Mapping) or "labels" not in samples[0]:
+    samples, val_samples = prepared(Fabric(accelerator="cpu", devices=1), data)
+    if not len(samples) or not isinstance(samples[0], Mapping) or "labels" not in samples[0]:
         raise UserError(f"{type(data).__name__} has no answers to learn, so there is nothing to show. Use `--data JSON`, say.")
     check_ids(config, samples, val_samples)
     return samples, val_samples
@@ -178,19 +177,20 @@ def histogram(lengths: Sequence[int]) -> Iterator[str]:
 
 def costs(samples: Sequence[Sample], config: Config, train: TrainArgs, seed: int) -> Iterator[str]:
     """Yield lines about what a step computes, how much of it is padding with packing and without, and what its passes hold."""
+    rows = PackedSamples(samples, train.max_seq_length)
     batches = {packing: batches_of(samples, replace(train, packing=packing), seed) for packing in (False, True)}
-    chosen = batches[bool(train.packing)]
-    yield f"A step of {counted(train.global_batch_size, 'sample')} has {chosen.n_tokens:,.0f} tokens on average."
+    chosen = batches_of(rows, train, seed) if train.packing == "global" else batches[bool(train.packing)]
+    unit = "row" if train.packing == "global" else "sample"
+    yield f"A step of {counted(train.global_batch_size, unit)} has {chosen.n_tokens:,.0f} tokens on average."
     for packing, found in batches.items():
         yield (
             f"  --train.packing {str(packing).lower():7} {found.n_microbatches:,.1f} forward passes of at most {found.largest:,} tokens, "
             f"{found.padding:.1%} of them padding."
         )
-    capacity = sample_length(train, config)
-    full = PackedSamples(samples, capacity)
-    share = sum(full.lengths) / (len(full) * capacity)
-    rows = f"{counted(len(full), 'row')} of {capacity:,} tokens"
-    yield f"  --train.packing global  {rows} in all, {share:.1%} of which are filled; a row counts as a sample."
+    capacity = train.max_seq_length or max(lengths_of(samples))
+    share = sum(rows.lengths) / (len(rows) * capacity)
+    size = f"{counted(len(rows), 'row')} of {capacity:,} tokens"
+    yield f"  --train.packing global  {size} in all, {share:.1%} of which are filled; a row counts as a sample."
     yield from computed(samples, config, chosen)
 
 

@@ -412,7 +412,7 @@ def _memory_lines(memory: dict[str, MemoryEstimate], training: bool, memory_gb: 
     lines = [f"  The {device.type} here has {there:.1f} GB, of which {SPARE:.0%} is planned for."]
     used = f", of which a token uses {first.n_active:,}" if first.n_active < first.n_parameters else ""
     lines.append(f"  The model has {first.n_parameters:,} parameters{used}.")
-    rows = [("weights", first.weights, None), ("weights and a full context", first.total, None)]
+    rows = [("weights", first.weights, None), ("weights and memory of the text", first.total, None)]
     rows += [(f"training: {name}", estimate.total, estimate) for name, estimate in memory.items() if estimate.n_trained]
     for name, size, trained in rows:
         fits = "fits" if size <= SPARE * there * GB else "is tight" if size <= there * GB else "does not fit"

@@ -1,16 +1,13 @@
 """Conversations from files: in all usual forms, with tools, and as transformers writes them."""
 
 import json
-import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tokenizers
 from jsonargparse import ArgumentParser
 from speaking import TOOLS, calling, result, said, system
+from templates import PUBLISHED, tokenizer_with
 from transformers import PreTrainedTokenizerFast
-from vocabularies import write
 
 from litgpt.data import DataModule
 from litgpt.data.base import SFTDataset
@@ -20,9 +17,6 @@ from litgpt.errors import MissingFile, UserError
 from litgpt.prompts import ChatTemplate, encode_prompt, prompt_styles
 from litgpt.tokenizer import Tokenizer, named_tokens
 
-FOLDER = next((Path(spec.origin).with_name("chat_templates") for spec in [find_spec("trl")] if spec), Path())
-PUBLISHED = {path.stem: path.read_text() for path in FOLDER.glob("*.jinja")}
-MARKUP = re.compile(r"<\|[^|<>\s]+\|>|<｜[^<>\s]+｜>|<\|?/?[a-zA-Z_]+\|?>")
 WITH_TOOLS = [name for name in ("qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1", "llama3_2", "lfm2_v2") if name in PUBLISHED]
 MARKED = [f"{name}_training" for name in ("qwen2_5", "qwen3", "llama3", "phi3", "gemma") if f"{name}_training" in PUBLISHED]
 CALLING = said(
@@ -42,12 +36,7 @@ QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "cont
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tokenizer with a special token for every piece of markup in the templates."""
-    folder = write(tmp_path_factory.mktemp("markup"), "byte_level", add_bos_token=False)
-    processor = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    found = sorted({token for name in {*WITH_TOOLS, *MARKED} for token in MARKUP.findall(PUBLISHED[name])})
-    processor.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in found])
-    processor.save(str(folder / "tokenizer.json"))
-    return folder
+    return tokenizer_with(tmp_path_factory.mktemp("markup"), (PUBLISHED[name] for name in {*WITH_TOOLS, *MARKED}))
 
 
 @pytest.fixture(scope="module")

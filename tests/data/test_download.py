@@ -1,5 +1,6 @@
 """Downloads that are continued, checked, and there whole or not at all."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -26,6 +27,8 @@ class Server(ThreadingHTTPServer):
         contents: What it serves.
         tag: Names the version of that; None does not.
         ranges: Whether parts are served.
+        span: How the part that is served is described, by its start and all bytes.
+        skipped: How many bytes a part begins too late.
         says_length: Whether the length is announced.
         cuts: The connections that are broken in the middle, from now on.
         asked: The `Range` header of each request, or None.
@@ -36,6 +39,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.contents, self.tag, self.ranges, self.says_length, self.cuts, self.asked = CONTENTS, '"1"', True, True, 0, []
+        self.span, self.skipped = "bytes {}-{}/{}", 0
         self.url = f"http://127.0.0.1:{self.server_port}/file"
 
 
@@ -50,11 +54,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "") if server.ranges else None
-        start = int(span[1]) if span and self.headers.get("If-Range") == server.tag else 0
+        start = int(span[1]) + server.skipped if span and self.headers.get("If-Range") == server.tag else 0
         body = server.contents[start:]
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.contents) - 1}/{len(server.contents)}")
+            self.send_header("Content-Range", server.span.format(start, len(server.contents) - 1, len(server.contents)))
         if server.tag:
             self.send_header("ETag", server.tag)
         if server.says_length:
@@ -159,6 +163,32 @@ def test_a_part_of_another_version_is_never_continued(target, server, monkeypatc
     assert target.read_bytes() == server.contents and not left_beside(target)
 
 
+def test_a_part_of_which_the_server_does_not_say_the_whole_is_continued(target, server):
+    server.cuts, server.span = 1, "bytes {}-{}/*"
+    download_if_missing(target, server.url)
+    assert target.read_bytes() == CONTENTS and server.asked == [None, f"bytes={MIDDLE}-"]
+
+
+@pytest.mark.parametrize("wrong", [{"skipped": 40}, {"span": "bytes {}-{}/7"}, {"span": "lines {}-{}/{}"}], ids=str)
+def test_a_part_that_was_not_asked_for_is_never_taken_for_the_whole(tmp_path, server, wrong):
+    """As JSON lines, some last lines of a file would be a file."""
+    server.contents = b"\n".join(b'{"number": %06d}' % (i + 100_000) for i in range(20_000))
+    server.cuts = 1
+    vars(server).update(wrong)
+    download_if_missing(tmp_path / "a.jsonl", server.url)
+    assert (tmp_path / "a.jsonl").read_bytes() == server.contents
+    assert server.asked == [None, f"bytes={MIDDLE}-", None]
+
+
+def test_a_network_that_is_gone_is_not_the_disks_fault(target, server, monkeypatch):
+    def gone(self, size):
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    monkeypatch.setattr("http.client.HTTPResponse.read", gone)
+    with pytest.raises(UserError, match="broke off after 0 of .* bytes .*No route to host.*Run the same command again"):
+        download_if_missing(target, server.url)
+
+
 @pytest.mark.parametrize("tag", [None, 'W/"1"'])
 def test_without_a_tag_that_names_bytes_a_download_starts_over(target, server, tag):
     server.tag, server.cuts = tag, 1
@@ -238,6 +268,11 @@ def test_what_is_no_address_is_refused(target):
     with pytest.raises(UserError, match="must begin with https or http or file"):
         download_if_missing(target, "alpaca.json")
     assert not target.parent.exists()
+
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="its .* characters are more than a name may have"):
+        download_if_missing(tmp_path / ("a" * 300) / "file.json", "https://example.com/file.json")
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

@@ -19,7 +19,7 @@ from litgpt.data import HF, LIMA
 from litgpt.data.hf import Table, load_rows
 from litgpt.errors import UserError
 
-QUESTIONS = [{"question": f"{i}?", "answer": str(i), "unused": i} for i in range(20)]
+QUESTIONS = [{"question": f"{i}?", "answer": str(i), "unused": i, "empty": "x" if i else None} for i in range(20)]
 COLUMNS = {"instruction": "question", "output": "answer"}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
@@ -52,7 +52,7 @@ def saved(rows: list[dict], path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.parquet", "a.jsonl.gz"])
 def test_columns_of_a_file_become_parts_of_samples(tmp_path, tokenizer, cached, name):
     data = ready(HF(saved(QUESTIONS, tmp_path / name), columns=COLUMNS, val_split_fraction=0.2, **cached), tokenizer)
     assert (len(data.train_dataset), len(data.val_dataset)) == (16, 4)
@@ -104,6 +104,7 @@ def test_columns_with_the_usual_names_need_no_mapping(tmp_path, tokenizer, cache
         ({"columns": {"instrution": "question"}}, "names 'instrution'. Did you mean 'instruction'"),
         ({"columns": {"instruction": "question"}}, "record 1: The key `output` is missing"),
         ({"columns": {"instruction": "question", "output": "unused"}}, "record 1: `output` must be text, but is 0"),
+        ({"columns": {"instruction": "question", "output": "empty"}}, "record 1: `output` must be text, but is None"),
         ({"val_split": "train", "val_split_fraction": 0.1}, "`val_split_fraction` has no meaning"),
     ],
 )

@@ -1,6 +1,8 @@
 import csv
+import errno
 import gzip
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -8,7 +10,7 @@ import pytest
 import zstandard
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from litgpt.data import JSON, DataModule
+from litgpt.data import JSON, Chat, DataModule
 from litgpt.data.json_data import SUFFIXES, load_split
 from litgpt.data.records import messages_of
 from litgpt.errors import MissingFile, UserError
@@ -230,6 +232,33 @@ def test_bytes_that_are_not_utf_8_are_placed(tmp_path):
 def test_a_row_of_parquet_is_named(tmp_path):
     write(tmp_path / "a.parquet", [{"instruction": "x", "output": "y"}, {"instruction": "x", "output": None}])
     with pytest.raises(UserError, match="row 2: `output` must be text, but is None"):
+        load_split(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", [JSON, Chat])
+def test_a_record_in_the_place_of_a_path_is_one_sentence(kind):
+    with pytest.raises(UserError, match="cannot be read: its 320 characters are more than a name may have"):
+        kind(Path(json.dumps(RECORDS[1])[:32] * 10)).prepare_data()
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl")
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(UserError, match="a.jsonl may not be read by this user"):
+        load_split(path)
+    monkeypatch.setattr(Path, "is_dir", refused)
+    with pytest.raises(UserError, match="a.jsonl may not be read by this user"):
+        JSON(path).prepare_data()
+
+
+def refused(path):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_date_that_python_lacks_is_one_sentence(tmp_path):
+    times = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": ["x"], "output": ["y"], "at": times}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet cannot be read as Parquet: date value out of range"):
         load_split(tmp_path / "a.parquet")
 
 

@@ -10,13 +10,13 @@ import yaml
 from lightning.fabric import Fabric
 
 from litgpt.args import EvalArgs, to_plain
-from litgpt.cli import make_parser
+from litgpt.cli import make_parser, run
 from litgpt.data import JSON, Alpaca2k, Dolly, Mix, TextFiles
 from litgpt.data.mix import repeated, shares
 from litgpt.errors import UserError
 from litgpt.finetune import loop, lora
 from litgpt.recipes import Options, rewritten
-from litgpt.run import digest, prepared
+from litgpt.run_inputs import digest, prepared
 
 
 def source(folder: Path, name: str, n: int, n_val: int = 2, **options) -> JSON:
@@ -178,6 +178,13 @@ def test_sources_are_given_by_flags_and_by_recipes_and_written_down_again(tmp_pa
         first, second = data.sources
         assert type(data) is Mix and type(first) is JSON and type(second) is Dolly and data.weights == [0.7, 0.3]
         assert (first.json_path, first.prompt_style) == (Path("a.json"), "phi-2")
+
+
+def test_a_file_is_no_source_and_what_is_is_listed():
+    with pytest.raises(UserError) as caught:
+        run(lora.setup, "finetune", ["m", "--data", "Mix", "--data.sources", '["/a.json"]'])
+    assert "`--data.sources` must be one of Alpaca, " in str(caught.value)
+    assert str(caught.value).endswith("but got '/a.json'. Did you mean 'JSON'?")
 
 
 def test_names_alone_may_be_sources():

@@ -1,17 +1,13 @@
 import copy
 import inspect
 import json
-import re
 import shutil
 from dataclasses import fields
-from importlib.util import find_spec
 from itertools import groupby
-from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-from vocabularies import write
+from templates import PUBLISHED, tokenizer_with
 
 from litgpt.config import Config
 from litgpt.data import DataModule, SFTDataset, get_sft_collate_fn
@@ -21,11 +17,10 @@ from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, prompt_styles
 from litgpt.tokenizer import Tokenizer, named_tokens
 
-FOLDER = next((Path(spec.origin).with_name("chat_templates") for spec in [find_spec("trl")] if spec), Path())
 TEMPLATES = {
-    name: (FOLDER / f"{name}.jinja").read_text()
+    name: PUBLISHED[name]
     for name in ("qwen2_5", "qwen3", "llama3", "llama3_1", "gemma", "gemma3", "phi3", "lfm2", "deepseekv3", "qwen3_training", "smolvlm")
-    if (FOLDER / f"{name}.jinja").is_file()
+    if name in PUBLISHED
 }
 RECORDS = [
     {"instruction": "Add 2 and 3.", "output": "5"},
@@ -122,6 +117,14 @@ def test_train_on_and_mask_prompt_say_the_same(tokenizer):
     for train_on, mask_prompt in (("all", True), ("assistant", False), ("last", False)):
         with pytest.raises(UserError, match=f"`mask_prompt` is {str(mask_prompt).lower()}, but `train_on` is '{train_on}'"):
             Records(train_on=train_on, mask_prompt=mask_prompt)
+    for options, message in (
+        ({"train_on": "asistant"}, "`train_on` must be one of 'assistant', 'last', 'all', but is 'asistant'. Did you mean 'assistant'"),
+        ({"truncation": "rigth"}, "`truncation` must be one of 'drop', 'left', 'right', 'error', but is 'rigth'. Did you mean 'right'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Records(**options)
+        with pytest.raises(UserError, match=message):
+            SFTDataset(RECORDS, tokenizer, "alpaca", **options)
     with pytest.raises(UserError, match="`mask_prompt` is false"):
         SFTDataset(RECORDS, tokenizer, "alpaca", mask_prompt=False, train_on="last")
 
@@ -139,13 +142,8 @@ def stopped(tokenizer, style, sample):
 @pytest.fixture(scope="module")
 def with_markup(tmp_path_factory):
     """A tokenizer that knows the tokens which end answers of styles and of templates."""
-    folder = write(tmp_path_factory.mktemp("markup"), "byte_level", add_bos_token=False)
-    processor = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    published = {token for text in TEMPLATES.values() for token in re.findall(r"<\|?\w+\|?>|<｜[^<>\s]+｜>", text)}
-    ends = sorted(published | {style.end for style in prompt_styles.values() if style.end})
-    processor.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in ends])
-    processor.save(str(folder / "tokenizer.json"))
-    return Tokenizer(folder)
+    ends = (style.end for style in prompt_styles.values() if style.end)
+    return Tokenizer(tokenizer_with(tmp_path_factory.mktemp("markup"), TEMPLATES.values(), ends))
 
 
 @pytest.mark.parametrize("name", prompt_styles)
@@ -264,6 +262,18 @@ def test_data_without_any_answer_within_the_length_is_refused(tokenizer):
     data.connect(tokenizer, max_seq_length=5)
     with pytest.raises(UserError, match="nothing to train on"):
         data.setup()
+
+
+def test_data_without_any_sample_is_refused(tokenizer):
+    class Nothing(SFTModule):
+        def records(self):
+            return [], RECORDS
+
+    data = Nothing(prompt_style="alpaca")
+    data.connect(tokenizer)
+    with pytest.raises(UserError, match="^Nothing has no samples to train on"):
+        data.setup()
+    assert len(SFTDataset([], tokenizer, "alpaca")) == 0
 
 
 def test_a_transform_sees_a_copy(tokenizer):

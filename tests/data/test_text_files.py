@@ -1,4 +1,6 @@
+import errno
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +81,19 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, tokenizer):
         encode_piece(piece, tokenizer)
 
 
+def test_what_may_not_be_read_is_one_sentence(tmp_path, tokenizer, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(UserError, match="its 300 characters are more than a name may have"):
+        module(Path("a" * 300), tokenizer)
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("open", "iterdir"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="may not be read by this user"):
+            patch.setattr(Path, name, refused)
+            module(tmp_path, tokenizer)
+
+
 def test_validation_texts_are_read_from_their_own_folder(tmp_path, tokenizer):
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "v.txt").write_text("to validate on")
@@ -124,6 +139,13 @@ def test_long_files_are_encoded_in_pieces_that_make_up_the_whole(tmp_path, token
     store = data.train_dataset.store
     assert store.read(0, len(store)).tolist() == [*tokenizer.ids(text.strip()), tokenizer.eos_id]
     assert store.documents.tolist() == [0]
+
+
+def test_a_long_file_that_is_no_text_is_one_sentence(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE", 32)
+    (tmp_path / "a.txt").write_bytes(b"\x80" * 200)  # insides of characters, and never a place to cut
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text: byte 0"):
+        module(tmp_path, tokenizer)
 
 
 def test_line_ends_and_byte_order_marks_of_other_systems_are_not_trained_on(tmp_path, tokenizer):

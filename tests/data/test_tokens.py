@@ -106,6 +106,13 @@ def test_a_place_that_cannot_be_written_is_replaced_by_a_temporary_folder(tmp_pa
     assert build(tmp_path / "file" / "stores", [[1]]).folder == store.folder
 
 
+def test_texts_of_two_places_that_cannot_be_written_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    (tmp_path / "file").write_text("not a folder")
+    first, second = (build(tmp_path / "file" / name, documents) for name, documents in (("one", DOCUMENTS), ("two", [[1]])))
+    assert (len(first), len(second)) == (len(FLAT), 1)
+
+
 def test_empty_texts_are_refused(tmp_path):
     with pytest.raises(UserError, match="no text"):
         build(tmp_path, [[], []])

@@ -331,6 +331,7 @@ def test_a_full_queue_says_when_to_come_again(checkpoint, monkeypatch):
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["code"] == "queue_full"
         [thread.join() for thread in threads]
+        assert f"litgpt_prompt_tokens_total {2.0 * len(server.speaker.encode(HI))}\n" in server.get("/metrics").text, "what was refused"
 
 
 def test_an_answer_that_does_not_begin_in_time_ends_with_an_error(checkpoint, monkeypatch):
@@ -341,6 +342,14 @@ def test_an_answer_that_does_not_begin_in_time_ends_with_an_error(checkpoint, mo
         assert json.loads(text.strip().split("\n\n")[-1][6:])["error"]["code"] == "timeout"
         assert "[DONE]" not in text
         assert server.idle()
+
+
+def test_many_answers_may_take_longer_than_one_may_wait(checkpoint, monkeypatch):
+    with serving(checkpoint, rows=1, limits=Limits(timeout=0.6)) as server:
+        slowly(server, monkeypatch)
+        assert len(ask(server, n=4, temperature=0, max_tokens=12)["choices"]) == 4
+        body = {"prompt": [[5] * 10] * 40, "echo": True, "logprobs": 0, "max_tokens": 0}
+        assert server.post("/v1/completions", body).status_code == 200
 
 
 def test_an_engine_that_broke_ends_streams_with_an_error_and_refuses_what_comes(checkpoint, monkeypatch):

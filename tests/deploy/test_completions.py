@@ -4,11 +4,15 @@ import base64
 import json
 import math
 import struct
+import time
 
 import pytest
 from deploy.oracle_answers import expected_logprobs, expected_text, expected_tokens
 from deploy.serving import Served, serving
 from deploy.test_chat_completions import events
+
+from litgpt.deploy import embeddings
+from litgpt.deploy.service import Limits
 
 PATH = "/v1/completions"
 PROMPT = "Once upon a time"
@@ -203,6 +207,16 @@ def test_vectors_come_as_base64_too(server):
 def test_vectors_are_made_while_answers_are(server):
     usage = server.post("/v1/embeddings", {"input": ["hay"] * 40}).json()["usage"]
     assert usage == {"prompt_tokens": 40 * len(ids_of(server, "hay")), "total_tokens": 40 * len(ids_of(server, "hay"))}
+
+
+def test_many_vectors_may_take_longer_than_one_may(checkpoint, monkeypatch):
+    plain = embeddings.embeddings
+    monkeypatch.setattr(embeddings, "PACKED", 1)
+    monkeypatch.setattr(embeddings, "embeddings", lambda *args, **options: (time.sleep(0.1), plain(*args, **options))[1])
+    with serving(checkpoint, limits=Limits(timeout=0.5)) as server:
+        assert len(vectors(server, ["hay"] * 8)) == 8
+        monkeypatch.setattr(embeddings, "embeddings", lambda *_, **__: time.sleep(1))
+        assert server.post("/v1/embeddings", {"input": "hay"}).json()["error"]["code"] == "timeout"
 
 
 @pytest.mark.parametrize("fields", [{"dimensions": 3}, {"encoding_format": "int8"}, {"input": []}, {"input": "hay " * 500}], ids=str)

@@ -186,18 +186,6 @@ def test_functions_run_in_the_engines_thread_and_their_errors_are_their_callers(
     assert ask(engine, [1])[0].wait() == "length"
 
 
-def test_draining_finishes_what_was_taken_and_refuses_the_rest(make_engine):
-    model = tiny_model()
-    slow(model)
-    engine = make_engine(model, max_rows=1)
-    taken = [ask(engine, [1, 2], 10)[0] for _ in range(2)]
-    assert not engine.drain(0.05)
-    with pytest.raises(EngineStopping):
-        endless(engine)
-    assert engine.drain(30)
-    assert [listener.wait() for listener in taken] == ["length", "length"]
-
-
 def test_stopping_ends_what_runs(make_engine):
     model = tiny_model()
     slow(model)
@@ -207,6 +195,33 @@ def test_stopping_ends_what_runs(make_engine):
     assert [listener.finish for listener in listeners] == ["cancelled", "cancelled"]
     with pytest.raises(EngineStopping):
         engine.call(int)
+
+
+def test_a_call_that_nobody_waits_for_any_more_does_not_keep_others_from_hearing_of_the_end(make_engine):
+    engine, gate = make_engine(), threading.Event()
+    held, given_up, waiting = engine.call(gate.wait), engine.call(int), engine.call(int)
+    assert given_up.cancel()
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    while engine._state != "stopped":
+        time.sleep(0.001)
+    gate.set()
+    assert held.result(10) and isinstance(waiting.exception(10), EngineStopping)
+    stopping.join()
+
+
+@pytest.mark.parametrize("part", ["join", "leave"])
+def test_a_request_that_breaks_the_engine_as_it_joins_or_leaves_hears_of_it(make_engine, monkeypatch, part):
+    model = tiny_model()
+    slow(model)
+    engine = make_engine(model, max_rows=2)
+    first, ticket = endless(engine)
+    while not first.tokens:
+        time.sleep(0.001)
+    monkeypatch.setattr(engine.batch, part, lambda answer: 1 / 0)
+    listener = first if part == "leave" else endless(engine)[0]
+    engine.cancel(ticket)
+    assert listener.wait() == "error" and isinstance(engine.failure, ZeroDivisionError)
 
 
 @pytest.mark.parametrize(

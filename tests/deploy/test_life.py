@@ -1,5 +1,6 @@
 """From a start to an end: what clients see of a server that is told to end, that breaks, and that is treated badly."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -8,11 +9,16 @@ import threading
 import time
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from deploy.process import BREAK, KILL, TERM, Reader, Server, make_endless, served
 from safetensors.torch import load_file, save_file
+
+from litgpt.deploy import serve
+from litgpt.deploy.safety import Exchange, Guard
+from litgpt.deploy.serve import Life
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,22 @@ def test_a_client_that_does_not_read_cannot_keep_the_server_up(model, tmp_path):
         server.signal(TERM)
         assert server.exit_code() == 0
         client.close()
+
+
+def test_an_answer_that_is_not_made_by_the_engines_steps_is_waited_for_too(monkeypatch):
+    monkeypatch.setattr(serve, "LAST_WORDS", 0.1)
+    guard, exchange = Guard(None, key=None, max_body=10), Exchange({}, None, None)
+    guard.active.add(exchange)
+    life = Life(SimpleNamespace(engine=SimpleNamespace(n_running=0, n_waiting=0)), guard, None, grace=30)
+
+    async def ending() -> None:
+        draining = asyncio.create_task(life.drain())
+        await asyncio.sleep(0.4)
+        assert not draining.done()
+        exchange.status = 200  # from here on it waits for its client alone
+        await asyncio.wait_for(draining, 10)
+
+    asyncio.run(ending())
 
 
 def test_a_second_signal_ends_it_at_once(model, tmp_path):

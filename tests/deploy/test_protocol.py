@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from deploy.oracle_answers import expected_text
 from deploy.serving import NAME, serving
 from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, ValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from litgpt import names
 from litgpt.deploy import completions, embeddings, protocol
 from litgpt.deploy.app import make_app
 from litgpt.deploy.protocol import ChatRequest, CompletionRequest, PredictRequest, Strict
@@ -140,7 +144,11 @@ def test_text_becomes_ids_and_ids_text(server):
     assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
 
 
-@pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": HI}, {"messages": []}, {"prompt": "a", "model": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"prompt": "a", "messages": HI}, {"messages": []}, {"prompt": "a", "model": "x"}, {"messages": HI, "add_special_tokens": True}],
+    ids=str,
+)
 def test_what_cannot_be_turned_into_ids_is_refused(server, body):
     assert server.post("/tokenize", body).status_code in (400, 404)
 
@@ -164,7 +172,7 @@ def test_the_server_says_how_it_is(server):
 
 def test_a_server_that_is_about_to_end_refuses_requests(checkpoint):
     with serving(checkpoint) as server:
-        server.service.engine.drain(1)
+        server.service.engine.stop()
         for path, body in (("/v1/chat/completions", {"messages": HI}), ("/predict", {"prompt": "a"}), ("/v1/embeddings", {"input": "a"})):
             answer = server.post(path, body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
@@ -257,6 +265,9 @@ def adapter_dir(checkpoint, tmp_path_factory):
             if "lora_" in key:
                 torch.nn.init.normal_(parameter, std=0.3)
         tuned.save_pretrained(folder / name)
+    tensors = load_file(folder / "first" / names.ADAPTER_WEIGHTS)
+    described = shutil.copytree(folder / "first", folder / "deeper") / names.ADAPTER_WEIGHTS
+    save_file({name.replace("layers.1.", "layers.9."): tensor for name, tensor in tensors.items()}, described)
     (folder / "empty").mkdir()
     (folder.parent / "outside").mkdir(exist_ok=True)
     return folder
@@ -304,12 +315,37 @@ def test_a_request_whose_adapter_is_unloaded_before_it_begins_is_told_so(checkpo
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_adapters_that_cannot_be_loaded_are_refused_without_a_word_of_the_disk(checkpoint, adapter_dir):
+def test_an_adapter_that_vectors_are_made_with_is_not_unloaded(checkpoint, adapter_dir, monkeypatch):
     with serving(checkpoint, has_adapters=True, adapter_dir=adapter_dir) as server:
-        for name, status in (("none", 404), ("empty", 400), ("../outside", 400), (NAME, 409)):
+        server.post("/v1/adapters", {"name": "first"})
+        server.service.engine.call(lambda: None).result()
+        begun, end, plain = threading.Event(), threading.Event(), embeddings.embeddings
+
+        def slowly(*args, **options):
+            begun.set()
+            assert end.wait(30)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(embeddings, "embeddings", slowly)
+        found = []
+        asking = threading.Thread(target=lambda: found.append(server.post("/v1/embeddings", {"input": "hay", "model": "first"})))
+        asking.start()
+        assert begun.wait(30)
+        refused = server.request("DELETE", "/v1/adapters/first")
+        end.set()
+        asking.join()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_in_use")
+        assert found[0].status_code == 200
+        assert server.request("DELETE", "/v1/adapters/first").status_code == 200
+
+
+def test_adapters_that_cannot_be_loaded_are_refused_without_a_word_of_the_disk(checkpoint, adapter_dir, monkeypatch):
+    monkeypatch.chdir(adapter_dir.parent)
+    with serving(checkpoint, has_adapters=True, adapter_dir=Path(adapter_dir.name)) as server:
+        for name, status in (("none", 404), ("empty", 400), ("deeper", 400), ("../outside", 400), (NAME, 404)):
             answer = server.post("/v1/adapters", {"name": name})
-            assert answer.status_code in (status, 404), (name, answer.text)
-            assert str(adapter_dir) not in answer.text
+            assert answer.status_code == status, (name, answer.text)
+            assert not any(part in answer.text for part in (str(adapter_dir.parent), str(checkpoint), str(checkpoint.parent)))
         server.post("/v1/adapters", {"name": "first"})
         assert server.post("/v1/adapters", {"name": "first"}).status_code == 409
         assert server.request("DELETE", f"/v1/adapters/{NAME}").status_code == 400

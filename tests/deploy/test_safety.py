@@ -185,7 +185,7 @@ def test_a_server_that_ends_refuses_new_requests_but_tells_how_it_is():
     answer = ask(guard, "POST", "/predict", JSON)
     assert (answer.status, answer.code, answer.headers[b"retry-after"]) == (503, "stopping", b"1")
     assert [ask(guard, path=path).status for path in ("/health", "/ready", "/metrics", "/v1/models")] == [200, 200, 200, 503]
-    assert guard.n_active == 0
+    assert not guard.active
 
 
 def test_only_http_reaches_the_app():
@@ -300,6 +300,23 @@ def test_a_client_that_reads_late_gets_everything(monkeypatch):
         while n < 100_000_000:
             n += len(client.recv(1_000_000))
         assert not slow_speaker.ended.is_set()
+
+
+def test_a_client_that_reads_slowly_gets_a_long_answer(monkeypatch):
+    monkeypatch.setattr(safety, "STALLED_SECONDS", 0.2)
+    monkeypatch.setattr(safety, "SLOWEST", 2**20)
+
+    async def long(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"20000000")]})
+        await send({"type": "http.response.body", "body": b"x" * 20_000_000})
+
+    with serving(Guard(long, key=None, max_body=10)) as port, closing(connected(port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        n = 0
+        while n < 20_000_000:
+            n += (got := len(client.recv(1_000_000)))
+            assert got, f"the server ended the connection behind {n} bytes"
+            time.sleep(0.03)
 
 
 def test_a_client_that_leaves_ends_its_request():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deploy.process import TERM, Server, served
+from deploy.process import TERM, served
 from peft import LoraConfig, get_peft_model
 from speaking import make_checkpoint
 from transformers import AutoModelForCausalLM
@@ -44,7 +44,7 @@ WRONG = {
     "top_k": (0, "`top_k` counts"),
     "top_p": (1.5, "`top_p` is a probability"),
     "min_p": (-0.1, "`min_p`"),
-    "max_new_tokens": (0, "`max_new_tokens` must be at least 1"),
+    "max_new_tokens": (0, "`max_new_tokens` must be at least 1, up to 131072"),
     "port": (70000, "from 0 to 65535"),
     "host": ("0.0.0.0", "requests need a key"),
     "api_key": ("", "is empty, which is no key"),
@@ -211,15 +211,21 @@ def test_the_servers_sampling_holds_for_its_own_route(guarded):
     assert "Once" not in guarded.errors
 
 
-def test_a_port_in_use_is_one_line_with_exit_code_2(guarded, model, tmp_path):
-    other = Server(model, tmp_path, "--port", guarded.port)
-    assert other.exit_code(60) == 2
-    assert other.errors == f"litgpt: Port {guarded.port} is in use. Choose another by `--port`; 0 takes a free one.\n" and not other.output
+def refusal(capsys, *words: object) -> str:
+    """The one line with which the command refuses to serve."""
+    capsys.readouterr()
+    assert cli.main(["serve", *map(str, words)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("litgpt: ") and err.count("\n") == 1, err
+    return err
 
 
-def test_a_memory_that_cannot_be_is_one_line_with_exit_code_2(model, tmp_path):
-    other = Server(model, tmp_path, "--max_length", 100_000)
-    assert other.exit_code(60) == 2 and re.fullmatch(r"litgpt: `max_length` .*\n", other.errors)
+def test_a_port_in_use_is_one_line_with_exit_code_2(guarded, model, capsys):
+    assert f"Port {guarded.port} is in use. Choose another by `--port`; 0 takes" in refusal(capsys, model, "--port", guarded.port)
+
+
+def test_a_memory_that_cannot_be_is_one_line_with_exit_code_2(model, capsys):
+    assert "`max_length` is from 2 to" in refusal(capsys, model, "--port", 0, "--max_length", 100_000)
 
 
 # Adapters
@@ -262,7 +268,6 @@ def test_adapters_are_given_at_the_start_or_loaded_from_their_folder(model, shel
 @pytest.mark.parametrize(
     "adapters, expected", [({"base": "first"}, "cannot have the model's own name"), ({"a": "none"}, "none"), ({"a b": "first"}, "name")]
 )
-def test_adapters_that_cannot_be_are_refused_in_one_line(adapters, expected, model, shelf, tmp_path):
+def test_adapters_that_cannot_be_are_refused_in_one_line(adapters, expected, model, shelf, capsys):
     folders = json.dumps({name: str(shelf / folder) for name, folder in adapters.items()})
-    server = Server(model, tmp_path, "--adapters", folders, "--model_name", "base")
-    assert server.exit_code(60) == 2 and server.errors.count("\n") == 1 and expected in server.errors
+    assert expected in refusal(capsys, model, "--port", 0, "--adapters", folders, "--model_name", "base")

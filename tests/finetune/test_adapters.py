@@ -1,5 +1,6 @@
 """Finetuning with Adapter and Adapter v2, from the command to every other command that takes what it leaves."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs
 from litgpt.checkpoint import load_model, write_checkpoint
 from litgpt.data import JSON
 from litgpt.errors import MissingFile, UserError
-from litgpt.finetune import adapter, adapter_v2, full
+from litgpt.finetune import adapter, adapter_v2, full, lora
 from litgpt.generate import adapter as generate_adapter
 from litgpt.generate import adapter_v2 as generate_adapter_v2
 from litgpt.generate import full as generate_full
@@ -168,12 +169,23 @@ def test_what_cannot_be_merged_is_refused_in_one_sentence(runs, tmp_path: Path, 
         LLM.load(final).save(tmp_path / "out")
 
 
-def test_a_base_that_has_moved_is_named_in_one_sentence_that_says_how_to_go_on(runs, base: Path, tmp_path: Path, capsys):
+@pytest.mark.parametrize("moved", ["nowhere", "."], ids=["nowhere", "into itself"])
+def test_a_base_that_has_moved_is_named_in_one_sentence_that_says_how_to_go_on(runs, base: Path, tmp_path: Path, capsys, moved: str):
     shutil.copytree(runs["adapter"] / "final", tmp_path / "final")
-    (tmp_path / "final" / names.OWN_ADAPTER_BASE).write_text("checkpoint_dir: nowhere\n")
-    assert cli.main(["generate", str(tmp_path / "final")]) == 2
-    assert f"'nowhere' of {tmp_path}/final is not there. Name it with: generate DIR --adapter" in capsys.readouterr().err
+    (tmp_path / "final" / names.OWN_ADAPTER_BASE).write_text(f"checkpoint_dir: {moved}\n")
+    with contextlib.chdir(tmp_path / "final"):
+        assert cli.main(["generate", str(tmp_path / "final")]) == 2
+    assert f"'{moved}' of {tmp_path}/final is not there. Name it with: generate DIR --adapter" in capsys.readouterr().err
     assert cli.main(["generate", str(base), "--adapter", str(tmp_path / "final"), *SHORT]) == 0
+
+
+@pytest.mark.parametrize("module", [adapter, lora], ids=["adapter", "lora"])
+def test_what_was_trained_finds_its_base_from_another_folder(module, base: Path, samples: Path, tmp_path: Path):
+    with contextlib.chdir(base.parent):
+        module.setup(Path(base.name), **arguments(samples, tmp_path / "out", max_steps=1, save_interval=1))
+    beside = tmp_path / "out" / "final" / (names.ADAPTER if module is lora else "")
+    with contextlib.chdir(tmp_path):
+        torch.testing.assert_close(logits_of(beside), logits_of(tmp_path / "out" / "step-000001"), rtol=0, atol=1e-5)
 
 
 def test_an_adapter_of_another_model_is_refused(runs, base: Path, tmp_path: Path):

@@ -33,7 +33,7 @@ from litgpt.data import JSON, TextFiles
 from litgpt.errors import MissingFile, UserError
 from litgpt.finetune import full, loop, lora
 from litgpt.metrics import Meter
-from litgpt.run import check_ids, fingerprint
+from litgpt.run_inputs import check_ids, fingerprint
 
 METHODS = {"lora": lora, "full": full}
 TRAIN = dict(global_batch_size=4, micro_batch_size=2, epochs=2)
@@ -475,7 +475,7 @@ def test_options_that_a_resumed_run_changes_are_said(run, capsys: pytest.Capture
     [
         (dict(mask_prompt=False), r"\(changed: data.init_args.mask_prompt true -> false\)"),
         (dict(prompt_style="alpaca"), r"\(changed: data.init_args.prompt_style null -> alpaca\)"),
-        ({}, r"\(the data's files, the tokenizer, `mask_prompt`, .* changed\)"),
+        ({}, r"\(the data's files or the tokenizer changed\)"),
     ],
 )
 def test_a_resumed_run_with_other_samples_is_told_what_may_have_changed(run, samples: Path, tmp_path: Path, options: dict, why: str):

@@ -1,6 +1,8 @@
 """What a dry run says of a run: equal to what the run then does, as far as it can be counted, and near to it where it is measured."""
 
 import importlib.util
+import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -8,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from lightning.fabric import Fabric
+from speaking import make_tokenizer
 from tiny import tiny_config
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from litgpt import cli, names
 from litgpt.args import OptimizerArgs, TrainArgs
+from litgpt.checkpoint import load_model, write_checkpoint
 from litgpt.data.packing import PackedSamples
 from litgpt.errors import UserError
 from litgpt.finetune.adapter import ADAPTER
@@ -29,6 +35,7 @@ from litgpt.optim import make_optimizer
 from litgpt.quantize import quantize_model
 from litgpt.scripts import memory_plan
 from litgpt.scripts.batches import batches_of
+from litgpt.scripts.download import find_checkpoint
 from litgpt.scripts.memory_plan import LiveBytes, blocks_to_recompute, measured_pass, without_numbers
 from litgpt.training import Feed, Limits
 
@@ -163,8 +170,40 @@ def test_an_optimizer_remembers_what_is_planned(args):
 def test_a_model_that_is_sharded_takes_less_of_each_device():
     alone, shared = plan_of(n_devices=4), plan_of(n_devices=4, n_local=4, is_sharded=True)
     assert shared.memory.optimizer == alone.memory.optimizer // 4
-    assert alone.memory.weights // 4 < shared.memory.weights < alone.memory.weights
     assert shared.available == alone.available // 4
+    model = GPT(CONFIG)
+    whole, *blocks = (sum(parameter.nbytes for parameter in part.parameters()) for part in (model, *model.transformer.h))
+    outside = whole - sum(blocks)  # embedding, head and norm are one group, which is whole until its backward pass is done
+    assert shared.memory.weights == alone.memory.weights // 4 + outside + 2 * max(blocks)
+    assert shared.memory.gradients == alone.memory.gradients // 4 + outside + max(blocks)
+
+
+def test_quantized_weights_are_whole_on_every_device():
+    method = replace(LORA, quantize="bnb.int8")
+    alone, shared = plan_of(method, n_devices=4), plan_of(method, n_devices=4, is_sharded=True)
+    model = GPT(CONFIG)
+    quantize_model(model, "bnb.int8")
+    held = sum(buffer.nbytes for buffer in model.buffers())
+    assert held < shared.memory.weights and alone.memory.weights // 4 + held // 2 < shared.memory.weights
+
+
+def test_a_dry_run_downloads_no_weights_and_the_run_the_rest(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "hub" / "org" / "tiny"
+    vocab = make_tokenizer(folder)
+    config = tiny_config("llama", vocab_size=vocab, padded_vocab_size=vocab, block_size=256)
+    write_checkpoint(tmp_path / "model", GPT(config).state_dict(), config, source=folder)
+    shutil.copytree(tmp_path / "model", folder, dirs_exist_ok=True)
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": f"Say {i}", "output": "yes"} for i in range(9)]))
+    monkeypatch.chdir(tmp_path)
+    with HubServer(tmp_path / "hub") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        words = ["--data", "JSON", "--data.json_path", "data.json", "--data.val_split_fraction", "0.2", "--dry_run", "true"]
+        assert cli.main(["finetune", "org/tiny", *words]) == 0
+        said = capsys.readouterr()
+        assert "Plan: " in said.out and "config and tokenizer of org/tiny" in said.err
+        assert not server.downloads(names.SAFETENSORS)
+        assert load_model(find_checkpoint("org/tiny")).config.n_embd == config.n_embd
+        assert len(server.downloads(names.SAFETENSORS)) == 1
 
 
 # Savings

@@ -1,4 +1,8 @@
-"""Runs that are killed, stopped and resumed; which steps they keep, and what they say of a loss that is no number."""
+"""Runs that are killed, stopped and resumed; which steps they keep, what they say of a loss that is no number, and what they leave.
+
+What a killed run leaves on the disk is copied in the middle of a whole one: the same files, for less time. Processes that really are
+killed: test_finetune, and by the hundred tests/stress.
+"""
 
 import importlib
 import json
@@ -15,7 +19,8 @@ from typing import Any
 import pytest
 import speaking
 import torch
-from finetune.run_and_kill import at_call, run_and_kill, run_on_ranks
+from deploy.browser import chromium
+from finetune.run_and_kill import at_call, run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
@@ -30,7 +35,6 @@ from litgpt.errors import UserError
 from litgpt.finetune import full, loop, lora
 from litgpt.metrics import Journal
 from litgpt.run import VOTE_EVERY
-from litgpt.run_folder import delete_old_steps, is_link
 from litgpt.run_state import latest_step, saved_counters
 from litgpt.training import StopRequest, steps
 
@@ -59,6 +63,12 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here cuts the power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def run(base: Path, samples: Path, tmp_path: Path) -> Callable[..., Path]:
     """Finetunes the tiny model, with LoRA if no other method is named; returns the run's folder."""
@@ -79,6 +89,20 @@ def arguments(samples: Path, out_dir: Path, train: dict, eval: dict) -> dict[str
         eval=EvalArgs(**EVAL | eval),
         optimizer=OptimizerArgs(lr=1e-2),
     )
+
+
+@pytest.fixture(scope="module")
+def one_step(base: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one step, which tests copy."""
+    out_dir = tmp_path_factory.mktemp("one") / "out"
+    lora.setup(base, **arguments(samples, out_dir, dict(max_steps=1, save_interval=1), {}))
+    return out_dir
+
+
+@pytest.fixture
+def done(one_step: Path, tmp_path: Path) -> Path:
+    """The folder of a run whose one step is done."""
+    return shutil.copytree(one_step, tmp_path / "out", symlinks=True)
 
 
 @pytest.fixture
@@ -129,6 +153,7 @@ def assert_same_result(one: Path, other: Path) -> None:
         {"step": None},
         {"step": "2"},
         {"total_tokens": None},
+        {"training_seconds": "x"},
         {"validations": [1]},
         {"validations": {"median": 1.0}},
         {"validations": {"best": "x"}},
@@ -136,8 +161,8 @@ def assert_same_result(one: Path, other: Path) -> None:
     ],
     ids=str,
 )
-def test_a_step_whose_counters_are_damaged_is_refused_in_one_sentence(run, tmp_path: Path, change: dict):
-    state = run(train=dict(max_steps=1, save_interval=1)) / names.STEP.format(1) / names.RUN_STATE / names.STATE
+def test_a_step_whose_counters_are_damaged_is_refused_in_one_sentence(run, done: Path, change: dict):
+    state = done / names.STEP.format(1) / names.RUN_STATE / names.STATE
     content = json.loads(state.read_text())
     state.write_text(json.dumps(content | {"counters": content["counters"] | change}))
     with pytest.raises(UserError, match="is damaged: its counters lack .* Resume from another step"):
@@ -147,14 +172,12 @@ def test_a_step_whose_counters_are_damaged_is_refused_in_one_sentence(run, tmp_p
 @pytest.mark.parametrize(
     ("options", "said"), [(dict(lora_r=4), "lora_r 8, not 4"), (dict(lora_plus_ratio=2.0), "lora_plus_ratio None, not 2.0")]
 )
-def test_an_option_that_changes_what_is_trained_is_named_rather_than_a_tensor(run, options: dict, said: str):
-    run(train=dict(max_steps=1, save_interval=1))
+def test_an_option_that_changes_what_is_trained_is_named_rather_than_a_tensor(run, done: Path, options: dict, said: str):
     with pytest.raises(UserError, match=said):
         run(resume=True, **options)
 
 
-def test_packing_is_named_where_it_changes_the_samples_of_a_resumed_run(run):
-    run(train=dict(max_steps=1, save_interval=1))
+def test_packing_is_named_where_it_changes_the_samples_of_a_resumed_run(run, done: Path):
     with pytest.raises(UserError, match="changed: train.packing true -> global"):
         run(train=dict(packing="global"), resume=True)
 
@@ -232,18 +255,6 @@ def test_what_is_not_a_step_of_this_run_is_never_deleted(run, tmp_path: Path):
     assert sorted(path.name for path in out_dir.glob("step-*")) == ["step-000000", "step-000001", "step-000002", "step-000005"]
 
 
-def test_a_step_whose_deletion_was_killed_is_no_step_and_is_deleted_later(run, monkeypatch: pytest.MonkeyPatch):
-    out_dir = run(train=dict(save_interval=1, max_steps=3))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", at_call(1, shutil.rmtree, lambda: exec("raise KeyboardInterrupt")))
-        delete_old_steps(out_dir, 1, None, lambda counters: True)
-    assert (out_dir / "step-000001").is_dir() and saved_steps(out_dir) == [2, 3]
-    delete_old_steps(out_dir, 1, out_dir / "step-000002", lambda counters: True)
-    assert sorted(path.name for path in out_dir.glob("step-*")) == ["step-000002", "step-000003"]
-    delete_old_steps(out_dir, 5, None, lambda counters: True)
-    assert saved_steps(out_dir) == [2, 3]
-
-
 def test_links_that_a_killed_run_did_not_set_are_set_when_it_goes_on(run, val_losses):
     val_losses(1.0, 2.0, 3.0)
     out_dir = run(train=dict(save_interval=1, max_steps=3), eval=dict(interval=1))
@@ -252,6 +263,21 @@ def test_links_that_a_killed_run_did_not_set_are_set_when_it_goes_on(run, val_lo
     (out_dir / "last.tmp").symlink_to("step-000002")
     run(train=dict(max_steps=3), resume=True)
     assert link(out_dir, "last") == 3 and link(out_dir, "best") == 1 and not (out_dir / "last.tmp").is_symlink()
+
+
+def test_a_run_that_went_back_goes_on_on_its_new_way(run, val_losses, monkeypatch: pytest.MonkeyPatch):
+    settings = dict(train=dict(save_interval=2, max_steps=4), eval=dict(interval=4))
+    val_losses(1.0, 2.0)
+    out_dir = run(**settings)
+    assert link(out_dir, "best") == 4
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "forward_backward", at_call(1, loop.forward_backward, lambda: exec("raise KeyboardInterrupt")))
+        run(**settings, resume=out_dir / "step-000002")
+    assert link(out_dir, "last") == 2 and not (out_dir / "best").is_symlink(), "what was best is of the way that was left"
+    losses = [row["loss"] for row in logged(out_dir) if "loss" in row]
+    run(**settings, resume="auto")
+    assert [row["step"] for row in logged(out_dir) if "loss" in row] == [1, 2, 3, 4] and len(losses) == 2
+    assert link(out_dir, "last") == 4 == link(out_dir, "best") and saved_counters(out_dir / "best")["validations"]["best"] == [4, 2.0]
 
 
 def test_a_disk_without_links_is_told_once_and_does_no_harm(run, val_losses, monkeypatch, capsys: pytest.CaptureFixture):
@@ -325,6 +351,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(run, tm
     assert saved_steps(tmp_path / "out") == []
 
 
+def test_weights_that_are_not_finite_are_in_no_step(run, tmp_path: Path):
+    with pytest.raises(UserError, match="After step 1 the weight 'transformer.* is no longer finite"):
+        run(method=full, train=dict(save_interval=1, lr_warmup_steps=0), optimizer=OptimizerArgs(lr=1e39))
+    assert saved_steps(tmp_path / "out") == []
+
+
 # Signals
 
 
@@ -353,6 +385,21 @@ def test_a_signal_during_a_validation_waits_for_a_few_microbatches_only_and_cost
     assert stopped.value.code == 128 + signal.SIGTERM and feeding.seen <= 1 + VOTE_EVERY
     assert saved_steps(tmp_path / "out") == [2] and not (tmp_path / "out" / "final").exists()
     assert_same_result(run(**settings, resume="auto"), reference)
+
+
+def test_a_validation_that_is_done_over_saves_no_weights_again(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    settings, made = dict(train=dict(max_steps=3), eval=dict(interval=2)), litgpt.run.validation_microbatches
+    asked = AtItem(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(litgpt.run, "validation_microbatches", lambda *args: asked(m for _ in range(9) for m in made(*args)))
+        run(**settings)
+    step = tmp_path / "out" / "step-000002"
+    before = {path: path.stat().st_ino for path in step.rglob("*") if path.is_file()}
+    assert saved_counters(step)["validations"]["owed"] and not (tmp_path / "out" / "best").is_symlink()
+    run(**settings, resume=True)
+    assert [path.name for path, number in before.items() if path.stat().st_ino != number] == [names.STATE], "no moment without a step"
+    known = saved_counters(step)["validations"]
+    assert not known["owed"] and known["best"] == [2, known["lowest"]] and link(tmp_path / "out", "best") == 2
 
 
 def test_a_signal_while_an_example_is_written_waits_for_a_few_tokens_only(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -403,12 +450,14 @@ def test_a_signal_to_one_rank_during_a_validation_stops_all_at_that_step(base: P
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda module: module.__name__.rpartition(".")[2])
-def test_a_run_that_is_killed_within_a_step_goes_on_bit_for_bit(run, base: Path, samples: Path, tmp_path: Path, method: Any):
+def test_a_run_that_is_killed_within_a_step_goes_on_bit_for_bit(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: Any):
     settings = dict(save_interval=2), dict(interval=2, final_validation=True, save_best=True, patience=9)
-    reference = run("reference", *settings, method=method)
-    killed = arguments(samples, tmp_path / "out", *settings)
-    assert run_and_kill(method.__name__, 4, base, **killed) == -signal.SIGKILL
+    killed = lambda: shutil.copytree(tmp_path / "reference", tmp_path / "out", symlinks=True)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "forward_backward", at_call(4, loop.forward_backward, killed))
+        reference = run("reference", *settings, method=method)
     assert saved_steps(tmp_path / "out") == [2]
+    seconds = [saved_counters(tmp_path / "out" / "last")["training_seconds"]]
     out_dir = run("out", *settings, method=method, resume="auto")
     assert [row["step"] for row in logged(out_dir) if "loss" in row] == [1, 2, 3, 4, 5], "each step is logged once"
     assert logged(out_dir) == logged(reference)
@@ -416,44 +465,44 @@ def test_a_run_that_is_killed_within_a_step_goes_on_bit_for_bit(run, base: Path,
         ours, theirs = load_file(out_dir / path.relative_to(reference)), load_file(path)
         assert ours.keys() == theirs.keys() and not [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert [link(out_dir, name) for name in ("last", "best")] == [link(reference, name) for name in ("last", "best")]
+    seconds.append(saved_counters(out_dir / "last")["training_seconds"])
+    assert 0 < seconds[0] < seconds[1], "the time of both lives counts"
 
 
-def test_a_run_changes_its_number_of_ranks_between_two_steps(run, base: Path, samples: Path, tmp_path: Path):
+def test_runs_of_two_ranks_go_on_bit_for_bit_and_change_the_number_of_ranks_between_two_steps(
+    run, base: Path, samples: Path, tmp_path: Path
+):
     settings = dict(method=full, optimizer=OptimizerArgs(lr=1e-3, state="8bit"))
     train = dict(save_interval=3, lr_schedule="constant")
     reference = run("reference", train, **settings)
 
-    def on_two(name: str, max_steps: int, resume: bool) -> None:
+    def on_two(name: str, max_steps: int, resume: bool) -> Path:
         made = arguments(samples, tmp_path / name, train | dict(max_steps=max_steps), {})
         made |= dict(optimizer=settings["optimizer"], resume=resume)
         assert run_on_ranks("litgpt.finetune.full", 2, base, fits=False, **made) == [0, 0]
+        return tmp_path / name
 
-    on_two("down", 3, False)
+    down = on_two("down", 3, False)
+    again = shutil.copytree(down, tmp_path / "again", symlinks=True)
     run("down", train, **settings, resume=True)
-    run("up", train | dict(max_steps=3), **settings)
+    up = shutil.copytree(reference, tmp_path / "up", symlinks=True)  # as after three steps
+    shutil.rmtree(up / "final")
     on_two("up", 5, True)
-    for name in ("down", "up"):
-        assert [row["step"] for row in logged(tmp_path / name)] == [1, 2, 3, 4, 5]
-        for one, other in zip(logged(tmp_path / name), logged(reference), strict=True):
+    for out_dir in (down, up):
+        assert [row["step"] for row in logged(out_dir)] == [1, 2, 3, 4, 5]
+        for one, other in zip(logged(out_dir), logged(reference), strict=True):
             assert one["total_tokens"] == other["total_tokens"], "they saw the same samples"
             assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-3)
+    on_two("again", 5, True)
+    assert_same_result(again, on_two("whole", 5, False))
 
 
-def test_two_ranks_with_averages_in_8_bits_go_on_bit_for_bit(base: Path, samples: Path, tmp_path: Path):
-    for name, limits in (("reference", [5]), ("out", [3, 5])):
-        for i, max_steps in enumerate(limits):
-            made = arguments(samples, tmp_path / name, dict(max_steps=max_steps, save_interval=3, lr_schedule="constant"), {})
-            made |= dict(optimizer=OptimizerArgs(lr=1e-3, state="8bit"), resume=i > 0)
-            assert run_on_ranks("litgpt.finetune.full", 2, base, fits=False, **made) == [0, 0]
-    assert_same_result(tmp_path / "out", tmp_path / "reference")
-
-
-def test_links_are_told_from_what_looks_like_them(tmp_path: Path):
-    (tmp_path / "step-000001").mkdir()
-    for name, target, ours in (("a", "step-000001", True), ("b", "step-000009", True), ("c", tmp_path / "step-000001", False)):
-        (tmp_path / name).symlink_to(target)
-        assert is_link(tmp_path / name) is ours
-    assert not is_link(tmp_path / "step-000001") and not is_link(tmp_path / "nowhere")
+def test_a_result_that_two_ranks_cannot_write_costs_no_training(base: Path, samples: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "final.tmp").write_text("in the way")
+    options = arguments(samples, tmp_path / "out", dict(max_steps=2), {})
+    assert run_on_ranks("litgpt.finetune.lora", 2, base, **options) == [1, 2]
+    assert saved_steps(tmp_path / "out") == [2] and link(tmp_path / "out", "last") == 2
 
 
 def test_without_a_precision_a_resumed_run_keeps_its_own(run, monkeypatch: pytest.MonkeyPatch):
@@ -461,3 +510,25 @@ def test_without_a_precision_a_resumed_run_keeps_its_own(run, monkeypatch: pytes
     monkeypatch.setitem(loop.training_precision.__globals__, "compute_dtype", lambda accelerator: torch.bfloat16)
     resumed = run(train=dict(max_steps=4, save_interval=2), resume=True, precision=None)
     assert saved_counters(resumed / "last")["step"] == 4 and saved_counters(resumed / "last")["precision"] == "32-true"
+
+
+# What it leaves
+
+
+def test_the_report_opens_without_a_network_and_shows_curves_settings_and_answers(run):
+    with chromium() as browser:
+        report = run(eval=dict(interval=2, max_new_tokens=5, final_validation=True)) / names.REPORT
+        context = browser.new_context(offline=True)
+        page, complaints, requests = context.new_page(), [], []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(report.as_uri())
+        points = page.evaluate("[...document.querySelectorAll('polyline')].map((line) => line.points.length)")
+        assert points == [5, 3, 5, 5, 5, 5], "losses, validation losses after steps 2, 4 and 5, then one line a chart"
+        answers = page.locator("article").inner_text()
+        assert all(words in answers for words in ("Say ", "Before training", "After step 5"))
+        page.locator("summary").click()
+        settings = page.locator("details").inner_text()
+        assert all(f"{name}\t{value}" in settings for name, value in {"train.max_steps": 5, "lora_r": 8, "seed": 1337}.items())
+        assert (complaints, requests) == ([], [report.as_uri()])

@@ -183,6 +183,7 @@ def test_a_seed_repeats_a_row_and_torchs_seed_repeats_rows_without_one():
         return [sample(logits, [row]).item() for _ in range(20)]
 
     assert draws(RowState(seed=3)) == draws(RowState(seed=3)) != draws(RowState(seed=4))
+    assert draws(RowState(seed=-3)) == draws(RowState(seed=-3)) != draws(RowState(seed=3))
     first, second = draws(RowState()), draws(RowState())
     torch.manual_seed(1234)
     torch.randn(1, VOCAB)

@@ -1,18 +1,24 @@
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from forked import fork, run_litgpt
+from safetensors.torch import save_file
 from speaking import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from litgpt import names
+from litgpt.adapter_v2 import adapter_filter, add_adapter_v2
+from litgpt.checkpoint import load_model, write_adapter
 from litgpt.cli import main as cli
 from litgpt.errors import UserError
 from litgpt.generate import base, memory
 from litgpt.generate.answers import Progress
 from litgpt.generate.run import load
+from litgpt.lora import LoRA, add_lora
 
 PROMPT = "What food do llamas eat?"
 
@@ -111,6 +117,25 @@ def test_a_memory_that_cannot_fit_is_refused_in_one_sentence_before_it_is_made(t
     assert f"remember {1_000_000_000 + n_prompt:,} tokens takes {n_bytes / 1e9:,.1f} GB, but" in err.splitlines()[-1]
     assert "has 8.0 GB" in err and "Lower `max_new_tokens`" in err
     run(folder, "--max_new_tokens", "3")
+
+
+def test_nothing_is_added_to_updates_that_are_no_model(folder, tmp_path, capsys):
+    model, settings = load_model(folder), LoRA(r=2, dropout=0.0)
+    add_lora(model, settings)
+    write_adapter(tmp_path / "lora", model, settings, str(folder))
+    shutil.copytree(folder, tmp_path / "adapter", ignore=shutil.ignore_patterns("*.safetensors"))
+    model = load_model(folder)
+    add_adapter_v2(model)
+    trained = {name: tensor for name, tensor in model.state_dict().items() if adapter_filter(name, tensor)}
+    save_file(trained, tmp_path / "adapter" / names.OWN_ADAPTER)
+    (tmp_path / "adapter" / names.OWN_ADAPTER_BASE).write_text(f"checkpoint_dir: {folder}\n")
+    for updates in ("lora", "adapter"):
+        run(tmp_path / updates, "--max_new_tokens", "3")
+        capsys.readouterr()
+        for more in ("lora", "adapter"):
+            assert cli(["generate", str(tmp_path / updates), "--adapter", str(tmp_path / more)]) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert f"{tmp_path / updates} holds what was trained beside a model, to which nothing else can be added" in line
 
 
 # Streams

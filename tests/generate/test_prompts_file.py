@@ -4,13 +4,16 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 
 import pytest
 from forked import fork, run_litgpt
+from safetensors.torch import load_file, save_file
 from speaking import exact_llm, make_checkpoint
+from tokenizers import Tokenizer as FastTokenizer
 
 from litgpt.cli import main as cli
 
@@ -289,6 +292,36 @@ def test_an_error_of_one_line_is_recorded_and_stops_no_other(folder, llm, capsys
     write([LINES[0], *([LINES[2]] * len(WRONG)), LINES[1]])
     run(folder, "--prompts", "prompts.jsonl", "--out", "out.jsonl")
     assert not [record for record in records() if "error" in record] and len(records()) == len(lines)
+
+
+def test_an_answer_that_breaks_off_is_recorded_and_stops_no_other(folder, llm, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    [token] = llm.tokenizer.ids("Q")
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    lines = [{"prompt": "Hello"}, {"prompt": "Q"}, {"prompt": "Hi"}, {"prompt": "Again"}]
+    write(lines)
+    run(broken, "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--batch_size", 2, "--temperature", 0, code=2)
+    assert (
+        "1 of 4 prompts could not be answered, and have an `error` instead. Line 2: The model computes no numbers"
+        in capsys.readouterr().err
+    )
+    found = by_index(records())
+    assert "text" not in found[1] and "computes no numbers" in found[1]["error"]
+    assert [found[i]["text"] for i in (0, 2, 3)] == [alone(llm, lines[i], temperature=0.0).text for i in (0, 2, 3)]
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_know_stops_no_other(folder, llm, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    tokenizer = FastTokenizer.from_file(str(other / "tokenizer.json"))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save(str(other / "tokenizer.json"))
+    write([{"prompt": "<new>"}, {"prompt": "Hello"}])
+    run(other, "--prompts", "prompts.jsonl", "--out", "out.jsonl", code=2)
+    found = by_index(records())
+    assert f"token id {len(llm.model.transformer.wte.weight)}, but the model knows" in found[0]["error"]
+    assert found[1]["text"] == alone(llm, {"prompt": "Hello"}).text
 
 
 def test_a_line_that_was_mended_is_tried_again(folder):

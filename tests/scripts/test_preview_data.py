@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from speaking import make_checkpoint
 
 from litgpt.args import TrainArgs
 from litgpt.cli import run
 from litgpt.config import Config
-from litgpt.data import JSON, TextFiles
+from litgpt.data import JSON, DataModule, TextFiles
 from litgpt.errors import UserError
+from litgpt.finetune.loop import read_samples
 from litgpt.scripts.preview_data import costs, histogram, marks, pieces, preview_data, shown, statistics
 from litgpt.tokenizer import Tokenizer
 
@@ -103,12 +105,23 @@ def test_padding_is_counted_for_each_way_to_lay_samples_out(base, file):
     data = JSON(json_path=file, val_split_fraction=0.1)
     data.connect(Tokenizer(base), 4, 256)
     data.setup()
-    train = TrainArgs(global_batch_size=8, micro_batch_size=4, epochs=1)
+    train = TrainArgs(global_batch_size=8, micro_batch_size=4, epochs=1, max_seq_length=256)
     said = list(costs(data.train_dataset, Config.from_checkpoint(base), train, seed=1))
     padded, packed, everything = (next(line for line in said if f"--train.packing {how} " in line) for how in ("false", "true", "global"))
     assert "0.0% of them padding" in packed and "0.0%" not in padded
     assert re.search(r"\d+ rows of 256 tokens in all, (9\d|8\d)\.\d% of which are filled", everything)
     assert all(re.search(rf"Training {name} in .*TFLOP a step.*GB|MB at most", " ".join(said)) for name in ("all parameters", "LoRA"))
+
+
+@pytest.mark.parametrize("max_seq_length", [None, 200])
+def test_rows_of_the_whole_data_set_are_those_of_finetuning(base, file, max_seq_length):
+    train = TrainArgs(global_batch_size=3, micro_batch_size=1, epochs=1, packing="global", max_seq_length=max_seq_length)
+    data, config = JSON(json_path=file, val_split_fraction=0.1), Config.from_checkpoint(base)
+    rows, _ = read_samples(Fabric(accelerator="cpu", devices=1), data, Tokenizer(base), config, train)
+    said = list(costs(data.train_dataset, config, train, seed=1))
+    n_inputs = sum(rows.lengths) - len(data.train_dataset)  # no sample's last token goes into the model
+    assert said[0] == f"A step of 3 rows has {n_inputs / -(-len(rows) // 3):,.0f} tokens on average."
+    assert f"--train.packing global  {len(rows)} rows of {max_seq_length or max(data.train_dataset.lengths)} tokens in all" in said[3]
 
 
 def test_letters_stand_for_marks_where_there_are_none():
@@ -131,6 +144,23 @@ def test_a_closed_output_ends_the_command_quietly(base, file, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Closed())
     with pytest.raises(BrokenPipeError):  # which `cli.main` makes exit code 141 of
         preview_data(base, data=JSON(json_path=file, val_split_fraction=0.1), n_samples=1)
+
+
+def test_a_data_set_that_has_loaders_only_is_shown_as_finetuning_sees_it(base, file, capsys):
+    class Mine(DataModule):
+        def setup(self, stage=""):
+            self.found = JSON(json_path=file, val_split_fraction=0.1)
+            self.found.connect(self.tokenizer, self.batch_size, self.max_seq_length)
+            self.found.setup()
+
+        def train_dataloader(self):
+            return self.found.train_dataloader()
+
+        def val_dataloader(self):
+            return self.found.val_dataloader()
+
+    preview_data(base, data=Mine(), n_samples=1)
+    assert "36 samples to train on, 4 samples to validate on." in capsys.readouterr().out
 
 
 def test_wrong_arguments_are_one_sentence(base, file, tmp_path):

@@ -1,13 +1,8 @@
-"""Low-rank adaptation (arXiv:2106.09685) and its kin: freeze the model and learn small updates beside chosen linear layers.
+"""The layers that updates stand beside: linear ones, and experts; and the products of the two factors of an update."""
 
-rsLoRA (arXiv:2312.03732) scales updates otherwise, LoRA+ (arXiv:2402.12354) trains B faster than A, and DoRA (arXiv:2402.09353)
-also learns how long each row of the updated weight is.
-"""
-
-import hashlib
 import math
+from collections.abc import Iterable
 from copy import copy
-from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -16,95 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt import config as base
-from litgpt import model as base_model
 from litgpt.errors import UserError
 from litgpt.experts import Experts, Rows, grouped_linear
-
-MAKES = {  # what layers of other mixers than plain attention make, where it is not their output
-    "gate": ["query"],
-    **dict.fromkeys(("q", "q_a", "q_b"), ["query"]),
-    **dict.fromkeys(("kv_a", "kv_b"), ["key", "value"]),
-    **dict.fromkeys(("in_proj", "in_proj_qkvz", "in_proj_ba"), ["query", "key", "value"]),
-}
-NUMBER = int | float, "a number"
-KINDS = {"r": (int, "an integer"), "alpha": NUMBER, "dropout": NUMBER, "targets": (str | None, "a text")}  # of options that are no switches
-KINDS["plus_ratio"] = int | float | None, "a number"
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Which layers get an update, and of what size."""
-
-    r: int = 8
-    """The rank of the update."""
-    alpha: float = 16
-    """The update is scaled by alpha / r."""
-    dropout: float = 0.05
-    """How likely an input of the update is dropped while training."""
-    query: bool = True
-    key: bool = False
-    value: bool = True
-    projection: bool = False
-    mlp: bool = False
-    head: bool = False
-    targets: str | None = None
-    """"all-linear" turns on every switch above but `head`, which still decides about the head; None leaves all to them."""
-    rslora: bool = False
-    """Whether the update is scaled by alpha / sqrt(r) instead."""
-    dora: bool = False
-    """Whether the length of each updated row of a weight is learned apart from its direction."""
-    plus_ratio: float | None = None
-    """How many times the learning rate of A that of B is; by default they are equal."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, (wanted, kind) = getattr(self, field.name), KINDS.get(field.name, (bool, "true or false"))
-            is_flag = isinstance(value, bool)
-            if not isinstance(value, wanted) or is_flag != (wanted is bool) or (isinstance(value, float) and not math.isfinite(value)):
-                raise UserError(f"`lora_{field.name}` is {kind}, but got {value!r:.40}.")
-        if self.r < 1:
-            raise UserError(f"`lora_r` is the rank of the update and at least 1, but got {self.r}.")
-        if self.alpha <= 0:
-            raise UserError(f"`lora_alpha` scales the update and is a number above 0, but got {self.alpha}. Use twice the rank, say.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"`lora_dropout` is a probability below 1, but got {self.dropout}. Use 0 to drop nothing.")
-        if self.plus_ratio is not None and self.plus_ratio <= 0:
-            raise UserError(f"`lora_plus_ratio` multiplies a learning rate and is above 0, but got {self.plus_ratio}. Use 16, say.")
-        if self.targets is not None:
-            self._choose_all_linear()
-        if not any((self.query, self.key, self.value, self.projection, self.mlp, self.head)):
-            raise UserError(
-                "All of `lora_query`, `lora_key`, `lora_value`, `lora_projection`, `lora_mlp` and `lora_head` are false. Turn one on."
-            )
-
-    def _choose_all_linear(self) -> None:
-        if self.targets != "all-linear":
-            raise UserError(f"`lora_targets` is 'all-linear' or left out, but got {self.targets!r:.40}. Single parts have switches.")
-        for part in ("query", "value"):  # the others are false unless they are given
-            if not getattr(self, part):
-                raise UserError(f"`lora_targets` all-linear contradicts `lora_{part}` false. Leave one of them out.")
-        for part in ("key", "projection", "mlp"):
-            object.__setattr__(self, part, True)
-
-    @property
-    def scaling(self) -> float:
-        """What the update is multiplied by."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
-
-    def enabled(self, name: str) -> list[bool]:
-        """Return which row blocks of a layer get an update: of `attn.qkv` those of q, k and v, of any other its only one."""
-        *_, part, leaf = f".{name}".split(".")
-        if (part, leaf) == ("attn", "qkv"):
-            return [self.query, self.key, self.value]
-        if part == "attn":
-            return [any(getattr(self, made) for made in MAKES.get(leaf, ["projection"]))]
-        if part in ("mlp", "shared"):
-            return [self.mlp and leaf not in ("gate", "shared_gate")]
-        return [self.head and leaf == "lm_head"]
-
-
-# Layers
+from litgpt.model import Linear
 
 
 class LoRALinear(nn.Module):
@@ -134,24 +43,15 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.linear, self.r, self.scaling = linear, r, alpha / r
-        self.sizes = sizes or [linear.out_features]
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.sizes = sizes or [self.out_features]
         self.enabled = enabled or [True] * len(self.sizes)
         self.dropout = Dropout(dropout)
         like = dict(device=device_of(linear), dtype=torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(r * sum(self.enabled), linear.in_features, **like))
+        self.lora_A = nn.Parameter(torch.empty(r * sum(self.enabled), self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(sum(self.updated_sizes), r, **like))
         self.lora_magnitude = nn.Parameter(torch.empty(sum(self.updated_sizes), **like)) if dora else None
         self.reset_parameters()
-
-    @property
-    def in_features(self) -> int:
-        """The width of the input."""
-        return self.linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        """The width of the output."""
-        return self.linear.out_features
 
     @property
     def updated_sizes(self) -> list[int]:
@@ -160,8 +60,7 @@ class LoRALinear(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start from no update at all: A is uniform as a linear layer's weight, B is zero, and rows are as long as they are."""
-        bound = 1 / math.sqrt(self.linear.in_features)
-        nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
+        draw_uniform(self.lora_A, self.in_features, generator)
         nn.init.zeros_(self.lora_B)
         if self.lora_magnitude is not None and not self.lora_magnitude.is_meta:
             self.lora_magnitude.data.copy_(self._norms())
@@ -228,7 +127,7 @@ class LoRALinear(nn.Module):
         _check_is_whole(self.linear, "weight")
         weight, bias = self.linear.weight, self.linear.bias
         magnitudes = None if self.lora_magnitude is None else self.magnitudes()
-        plain = base_model.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        plain = Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         merged = updated(weight, self.lora_A, self.spread(), self.scaling, magnitudes)
         plain.weight = nn.Parameter(merged, requires_grad=False)
         plain.bias = bias
@@ -236,12 +135,10 @@ class LoRALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Take the weights of a plain linear layer under their own names."""
-        for name in ("weight", "bias"):
-            if (key := prefix + name) in state_dict:
-                state_dict[f"{prefix}linear.{name}"] = state_dict.pop(key)
-                if name == "weight" and self.lora_magnitude is not None:
-                    norms = torch.linalg.vector_norm(state_dict[f"{prefix}linear.weight"].float(), dim=1)
-                    state_dict.setdefault(f"{prefix}lora_magnitude", self._updated_rows(norms))
+        take_inside(state_dict, prefix, "linear", ("weight", "bias"))
+        if self.lora_magnitude is not None and (key := f"{prefix}linear.weight") in state_dict:
+            norms = torch.linalg.vector_norm(state_dict[key].float(), dim=1)
+            state_dict.setdefault(f"{prefix}lora_magnitude", self._updated_rows(norms))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -323,8 +220,7 @@ class LoRAExperts(Experts):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start from no update at all: A is uniform as a linear layer's weight, B is zero."""
         for A, B in ((self.lora_up_A, self.lora_up_B), (self.lora_down_A, self.lora_down_B)):
-            bound = 1 / math.sqrt(A.size(2))
-            nn.init.uniform_(A, -bound, bound, generator=generator)
+            draw_uniform(A, A.size(2), generator)
             nn.init.zeros_(B)
 
     def project_up(self, x: Tensor, rows: Rows) -> Tensor:
@@ -355,10 +251,22 @@ class LoRAExperts(Experts):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Take the weights of plain experts under their own names."""
-        for name in self.base._parameters:
-            if (key := prefix + name) in state_dict:
-                state_dict[f"{prefix}base.{name}"] = state_dict.pop(key)
+        take_inside(state_dict, prefix, "base", self.base._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def take_inside(state_dict: dict[str, Tensor], prefix: str, inside: str, leaves: Iterable[str]) -> None:
+    """Rename what belongs to a layer of this prefix to what it is called now that the layer is inside another one."""
+    for leaf in leaves:
+        if (key := prefix + leaf) in state_dict:
+            state_dict[f"{prefix}{inside}.{leaf}"] = state_dict.pop(key)
+
+
+def draw_uniform(factor: nn.Parameter, width: int, generator: torch.Generator | None) -> None:
+    """Fill a factor as a linear layer of so many inputs is filled; with numbers of the CPU, so that all devices begin with the same."""
+    if not factor.is_meta:
+        bound = 1 / math.sqrt(width)
+        factor.data.copy_(torch.empty(factor.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
 def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, magnitudes: Tensor | None = None) -> Tensor:
@@ -409,135 +317,3 @@ def device_of(layer: nn.Module) -> torch.device:
 def row_norms(layer: nn.Module) -> Tensor:
     """Return the lengths of the rows of a linear layer's weight, (out,)."""
     return torch.linalg.vector_norm(full_weight(layer).detach().float(), dim=1)
-
-
-# Models
-
-
-def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
-    """Wrap the layers that `lora` chooses and freeze all but their updates.
-
-    Args:
-        model: A `GPT`; its own weights stay as they are, and so does what it computes.
-        lora: Sizes and choices.
-        seed: Every update starts from (seed, its layer's name), so that the start does not depend on how a model is spread.
-
-    Raises:
-        UserError: Inputs of experts' updates would be dropped or their rows' lengths learned, which PEFT's format cannot express; or
-            the rank is beyond any layer's.
-    """
-    if lora.mlp and lora.dropout and model.config.n_expert:
-        raise UserError(
-            f"`lora_dropout` is 0 where `lora_mlp` updates experts, but got {lora.dropout}. Set it to 0, or turn `lora_mlp` off."
-        )
-    if lora.mlp and lora.dora and model.config.n_expert:
-        raise UserError(
-            "`lora_dora` cannot be used where `lora_mlp` updates experts, since PEFT has no DoRA of them. Turn one of them off."
-        )
-    layers = [(name, layer) for name, layer in model.named_modules() if can_be_wrapped(layer) and any(lora.enabled(name))]
-    highest = max((_highest_rank(layer) for _, layer in layers), default=lora.r)
-    if lora.r > highest:
-        raise UserError(f"`lora_r` is {lora.r}, but the update of no layer it is for can have a rank above {highest}. Lower it.")
-    alpha = lora.scaling * lora.r  # rsLoRA is plain LoRA with a larger one
-    for name, plain in layers:
-        enabled = lora.enabled(name)
-        if isinstance(plain, Experts):
-            layer = LoRAExperts(plain, lora.r, alpha)
-        else:
-            sizes = model.config.qkv_sizes if len(enabled) == 3 else None
-            layer = LoRALinear(plain, lora.r, alpha, lora.dropout, sizes, enabled, lora.dora)
-        device = next(layer.parameters(recurse=False)).device
-        if device.type != "meta":
-            layer.reset_parameters(torch.Generator(device).manual_seed(seed_of(seed, name)))
-        model.set_submodule(name, layer)
-    mark_only_lora_as_trainable(model)
-
-
-def can_be_wrapped(layer: nn.Module) -> bool:
-    """Say whether an update can stand beside a layer: it is linear, plain or quantized, or holds experts."""
-    return isinstance(layer, nn.Linear | Experts) or hasattr(layer, "dequantize")
-
-
-def _highest_rank(layer: nn.Module) -> int:
-    """Return the highest rank that an update of a layer can have, where a higher one would only cost memory."""
-    if isinstance(layer, Experts):
-        return max(min(layer.gate_up.shape[1:]), min(layer.down.shape[1:]))
-    return min(layer.in_features, layer.out_features)
-
-
-def seed_of(seed: int, name: str) -> int:
-    """Return a seed for one parameter, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-
-
-def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze everything but the updates.
-
-    Args:
-        model: A model with LoRA layers.
-        bias: Which biases to train too: "none", "lora_only" (those of wrapped layers) or "all".
-
-    Raises:
-        UserError: `bias` is something else.
-    """
-    if bias not in ("none", "lora_only", "all"):
-        raise UserError(f"`bias` is 'none', 'lora_only' or 'all', but got {bias!r}.")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or (bias == "all" and name.endswith("bias"))
-    if bias == "lora_only":
-        for module in model.modules():
-            if isinstance(module, LoRALinear) and module.linear.bias is not None:
-                module.linear.bias.requires_grad = True
-
-
-def lora_filter(key: str, value: Any) -> bool:
-    """Say whether an entry of a state dict belongs to an update."""
-    return "lora_" in key
-
-
-@torch.no_grad()
-def merge_lora_weights(model: nn.Module) -> None:
-    """Add every update to its layer's weight and put plain layers back. A head that was tied gets a weight of its own."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear | LoRAExperts):
-            if name == "lm_head":
-                model.config = replace(model.config, tie_embeddings=False)
-            model.set_submodule(name, layer.merged())
-
-
-@dataclass
-class Config(base.Config):
-    """An architecture and its LoRA settings, in one object; see `LoRA` for what they mean."""
-
-    lora_r: int = 0
-    lora_alpha: float = 1
-    lora_dropout: float = 0.0
-    lora_query: bool = False
-    lora_key: bool = False
-    lora_value: bool = False
-    lora_projection: bool = False
-    lora_mlp: bool = False
-    lora_head: bool = False
-    lora_targets: str | None = None
-    lora_rslora: bool = False
-    lora_dora: bool = False
-    lora_plus_ratio: float | None = None
-
-
-class GPT(base_model.GPT):
-    """A `GPT` whose layers are wrapped as its config says.
-
-    Args:
-        config: With `lora_r` 0 nothing is wrapped.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if config.lora_r > 0:
-            add_lora(self, LoRA(**{field.name: getattr(config, f"lora_{field.name}") for field in fields(LoRA)}))
-            self.requires_grad_(True)
-
-    @classmethod
-    def from_name(cls, name: str, **overrides: Any) -> "GPT":
-        """Return a randomly initialised model of a known name, see `Config.from_name`."""
-        return cls(Config.from_name(name, **overrides))
