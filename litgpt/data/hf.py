@@ -68,7 +68,7 @@ class HF(SFTModule):
     """Any data set of the Hugging Face hub, or a local one, with instructions and answers or with messages."""
 
     repo_id: str
-    """`ORG/NAME` on the hub; or a local folder of data files, one that `save_to_disk` wrote, or a file."""
+    """`ORG/NAME` on the hub; or a local folder of data files, one that `save_to_disk` wrote, or a file (`.json`, `.jsonl`, `.parquet`)."""
     split: str = "train"
     """The part to train on, also such as `train[:1000]` or `train+test`."""
     val_split: str | None = None

@@ -99,7 +99,8 @@ def run_server(
         openai_spec: All routes are always there. With this, another `api_path` is one more path of /v1/chat/completions.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
         api_path: The path of LitGPT's own route.
-        timeout: Seconds until an answer must have begun; a request that still waits then ends with an error. 0 or less waits for ever.
+        timeout: Seconds that a request may wait until its answer begins, or the next of several; then it ends with an error. 0 or less
+            waits for ever.
         generate_strategy: Not supported yet.
         host: The address to listen on. Any but this machine's own needs a key. 0.0.0.0 listens on all.
         api_key: What requests must name, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`. Other users of this machine may see it in the
@@ -107,7 +108,8 @@ def run_server(
         api_key_file: A file that holds the key.
         model_name: What requests call the model. By default the name of its folder.
         adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights for all requests.
-        adapters: LoRA adapters that requests may choose by name as their `model`: '{"NAME": "FOLDER"}'.
+        adapters: LoRA adapters that requests may choose by name as their `model`: '{"NAME": "FOLDER"}'. Beside what Adapter trained
+            there can be none.
         adapter_dir: A folder of adapters, which clients may load and unload by the names of its folders while the server runs.
         min_p: Leave out tokens that are less likely than this part of the likeliest one's probability.
         seed: Answers with the same seed are the same. By default each is drawn anew.

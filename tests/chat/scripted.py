@@ -1,7 +1,6 @@
 """`litgpt chat` with a real model, whose answers are shown as a script says: word by word, one with each token.
 
-Usage: python scripted.py SCRIPT CHECKPOINT [FLAG ...]
-SCRIPT is a JSON file that maps prompts to answers; every other prompt is answered with "Fine."
+The script is a JSON file that maps prompts to answers; every other prompt is answered with "Fine."
 """
 
 import json
@@ -9,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from litgpt.chat import base, conversation
@@ -42,20 +41,16 @@ def chat(script: str, *words: str) -> int:
     return main(["chat", *words])
 
 
-def chat_in_terminal(words: list[str], home: Path, terminal: str, out: str, environment: dict[str, str]) -> None:
-    """Be the command in a folder and a terminal, but for standard output, which may be a file."""
+def chat_in_process(words: list[str], home: Path, streams: Sequence[str], environment: dict[str, str]) -> None:
+    """Be the command in a folder, with files for standard input, output and errors: a terminal, or what a pipe has for a name."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(home)
     os.setsid()  # the terminal that is opened next is the one whose keys are signals
-    for number, name in enumerate((terminal, out, terminal)):
-        opened = os.open(name, os.O_RDWR | os.O_CREAT)
+    for number, name in enumerate(streams):
+        opened = os.open(name, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY)
         os.dup2(opened, number)
         os.close(opened)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
     sys.exit(chat(*words))
-
-
-if __name__ == "__main__":
-    sys.exit(chat(*sys.argv[1:]))

@@ -5,21 +5,17 @@ import os
 import pty
 import re
 import signal
-import subprocess
-import sys
 import termios
 import time
-from pathlib import Path
 
 import pyte
 import pytest
-from chat.scripted import chat_in_terminal
+from chat.scripted import chat_in_process
 from forked import fork
 from pexpect import EOF
 from pexpect.fdpexpect import fdspawn
 from speaking import make_checkpoint
 
-SCRIPTED = Path(__file__).with_name("scripted.py")
 ASK = ">> Prompt: "
 DONE = r"tokens/sec, \d+ tokens"
 WORDS = " ".join(f"word{i}" for i in range(300))
@@ -64,7 +60,7 @@ class Terminal:
         ours, self.theirs = pty.openpty()
         termios.tcsetwinsize(ours, (lines, columns))
         self.home, name = home, os.ttyname(self.theirs)
-        self.process = fork(chat_in_terminal, words, home, name, str(out or name), environment)
+        self.process = fork(chat_in_process, words, home, (name, str(out or name), name), environment)
         self.keys = fdspawn(ours, timeout=100)
         self.keys.logfile_read = self
         if out is None:
@@ -276,13 +272,18 @@ def test_a_killed_chat_leaves_nothing(begin):
         os.killpg(group, 0)
 
 
-def test_over_a_pipe_the_output_is_exact(words):
+def test_over_a_pipe_the_output_is_exact(words, tmp_path):
     typed = 'markdown\n"""\ntwo\nlines"""\nhack\n/undo\n!quit\n'
-    done = subprocess.run([sys.executable, str(SCRIPTED), *words], input=typed, capture_output=True, encoding="utf-8", timeout=100)
+    keys, pipe, errors = (tmp_path / name for name in ("keys", "pipe", "errors"))
+    keys.write_text(typed)
+    os.mkfifo(pipe)
+    process = fork(chat_in_process, words, tmp_path, (str(keys), str(pipe), str(errors)), dict(os.environ))
+    shown = pipe.read_bytes().decode()
+    process.join(30)
     greeting = "To end the chat, enter an empty line, !quit or !exit. Ctrl-C stops an answer. /help shows more.\n"
-    replies = "".join(f">> Prompt: >> Reply: {answer}\n" for answer in (MARKDOWN, "Fine.", COMMANDS_THE_TERMINAL.replace("\r", "\n")))
-    assert done.stdout == f"Now chatting with tiny-llama.\n{greeting}{replies}>> Prompt: The newest turn is forgotten.\n>> Prompt: "
-    assert done.returncode == 0 and len(re.findall(DONE, done.stderr)) == 3
+    replies = "".join(f">> Prompt: >> Reply: {answer}\n" for answer in (MARKDOWN, "Fine.", COMMANDS_THE_TERMINAL))
+    assert shown == f"Now chatting with tiny-llama.\n{greeting}{replies}>> Prompt: The newest turn is forgotten.\n>> Prompt: "
+    assert process.exitcode == 0 and len(re.findall(DONE, errors.read_text())) == 3
 
 
 def test_what_is_typed_in_a_terminal_may_be_answered_into_a_file(begin, tmp_path):

@@ -3,6 +3,8 @@
 import gc
 import json
 import shutil
+from copy import deepcopy
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -34,9 +36,19 @@ EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
+@lru_cache(1)
+def read_once(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+def theirs_in(folder):
+    """transformers' model of a folder; copies are made much faster than it is read."""
+    return deepcopy(read_once(folder))
+
+
 def write_peft(theirs_folder, folder, **settings):
     """An adapter that PEFT wrote, with an update that matters."""
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(theirs_folder), LoraConfig(**settings))
+    tuned = get_peft_model(theirs_in(theirs_folder), LoraConfig(**settings))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -53,13 +65,13 @@ def served(config, tmp_path, **kinds):
     for name, settings in kinds.items():
         write_peft(tmp_path / "base", tmp_path / name, **settings)
         adapters.load(name, tmp_path / name)
-    return adapters, lambda name, idx: expected(tmp_path, name, idx)
 
+    @cache
+    def tuned(name):
+        plain = theirs_in(tmp_path / "base")
+        return (plain if name is None else PeftModel.from_pretrained(plain, str(tmp_path / name))).eval()
 
-@torch.no_grad()
-def expected(tmp_path, name, idx):
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
-    return (theirs if name is None else PeftModel.from_pretrained(theirs, str(tmp_path / name))).eval()(idx).logits
+    return adapters, lambda name, idx: tuned(name)(idx).logits
 
 
 def rows_of(adapters, choice):

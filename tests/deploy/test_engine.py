@@ -101,7 +101,7 @@ def test_many_threads_get_the_tokens_that_each_request_gives_alone(make_engine):
 
 def test_the_queue_is_bounded_and_says_when_to_come_again(make_engine):
     model = tiny_model()
-    slow(model)
+    waiting = slow(model)
     engine = make_engine(model, max_rows=1, max_queue=2)
     first, _ = endless(engine)
     while not engine.n_running:
@@ -110,6 +110,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(make_engine):
     with pytest.raises(QueueFull) as raised:
         endless(engine)
     assert raised.value.retry_after >= 1
+    waiting.remove()
     assert {listener.wait() for listener in (first, *others)} == {"length"}
 
 

@@ -2,9 +2,7 @@
 
 import json
 import time
-from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from deploy.serving import serving
 from deploy.test_chat_completions import HI, PATH, ask, events, finishes, refused, streamed, text_of
 from speaking import make_checkpoint
+from templates import PUBLISHED
 
 from litgpt.deploy.answering import Piece, Scored
 from litgpt.deploy.protocol import Function
@@ -145,13 +144,10 @@ def test_only_the_first_call_counts_where_one_is_allowed():
     assert read(reader, written(style, MADE), Random(0)) == ("", MADE[:1])
 
 
-PUBLISHED = Path(spec.origin).with_name("chat_templates") if (spec := find_spec("trl")) else None
-
-
-@pytest.mark.skipif(PUBLISHED is None, reason="trl, which has published templates, is not installed")
+@pytest.mark.skipif(not PUBLISHED, reason="trl, which has published templates, is not installed")
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1", "llama3_2"])
 def test_calls_of_published_templates_are_read(name):
-    style = with_tools(ChatTemplate((PUBLISHED / f"{name}.jinja").read_text(), {"bos_token": "", "eos_token": "<|im_end|>"}), MODELS)
+    style = with_tools(ChatTemplate(PUBLISHED[name], {"bos_token": "", "eos_token": "<|im_end|>"}), MODELS)
     text = written(style, MADE[:1]).removesuffix("<|eot_id|>")
     assert read(CallReader(call_format(style), ["weather"]), text.split("</think>")[-1].lstrip(), Random(0)) == ("", MADE[:1])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
+import torch
 from tasks import make_checkpoint, make_tasks
 from torch.utils import collect_env
 
@@ -18,6 +19,7 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
 
     def make(*kind: str | int) -> Path:
         if kind not in made:
+            torch.manual_seed(1234)  # whichever test comes first
             made[kind] = make_checkpoint(folder / "-".join(map(str, ("tiny", *kind))), *kind)
         return made[kind]
 

@@ -34,7 +34,9 @@ def wide(checkpoint, tmp_path_factory) -> Callable[..., Path]:
             config = json.loads((copy / "config.json").read_text())
             (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
             weights = load_file(copy / "model.safetensors")
-            weights["lm_head.weight"][Tokenizer(copy).eos_id] *= 6 if ends_often else 0
+            tokenizer, head = Tokenizer(copy), weights["lm_head.weight"]
+            head[tokenizer.eos_id] *= 6 if ends_often else 0
+            head[tokenizer.token_to_id("<|im_end|>")] *= 0  # which ends a server's answers, but not those that lm-eval reads in process
             save_file(weights, copy / "model.safetensors", {"format": "pt"})
         return copy
 

@@ -36,14 +36,14 @@ def run_and_kill_after(seconds: float, module: str, out_dir: Path, *args: Any, *
     return process.exitcode, monotonic() - start
 
 
-def run_on_ranks(module: str, world: int, *args: Any, fits: bool = True, **options: Any) -> list[int]:
+def run_on_ranks(module: str, world: int, *args: Any, fits: bool = True, timeout: float = 60, **options: Any) -> list[int]:
     """Call `module.setup` on so many ranks of this machine, each large enough for the training or not; return their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=world, NODE_RANK=0, FITS=int(fits), GLOO_SOCKET_IFNAME="lo")
     ranks = [_start(module, 0, shared | dict(LOCAL_RANK=rank), args, options | dict(devices=world)) for rank in range(world)]
-    return _exit_codes(*ranks)
+    return _exit_codes(*ranks, timeout=timeout)
 
 
 def _start(module: str, kill_at: int, environment: dict[str, Any], args: tuple, options: dict[str, Any]) -> Any:
@@ -52,9 +52,9 @@ def _start(module: str, kill_at: int, environment: dict[str, Any], args: tuple, 
     return process
 
 
-def _exit_codes(*processes: Any) -> list[int]:
+def _exit_codes(*processes: Any, timeout: float = 60) -> list[int]:
     for process in processes:
-        process.join(60)
+        process.join(timeout)
         process.kill()
     return [process.exitcode for process in processes]
 

@@ -1,7 +1,6 @@
 """Finetuning with Adapter and Adapter v2, from the command to every other command that takes what it leaves."""
 
 import contextlib
-import json
 import shutil
 from pathlib import Path
 
@@ -43,13 +42,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     write_checkpoint(folder / "model", GPT(config).state_dict(), config, source=folder / "tokenizer")
     return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "samples.json"
-    file.write_text(json.dumps([{"instruction": f"Say {i}", "output": "yes " * (1 + i % 5)} for i in range(20)]))
-    return file
 
 
 def arguments(samples: Path, out_dir: Path, **train) -> dict:

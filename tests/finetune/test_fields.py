@@ -1,7 +1,6 @@
 """Every field of the options of a training does something: here is which test shows it, or the test itself."""
 
 import ast
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -77,11 +76,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def data(tmp_path_factory: pytest.TempPathFactory) -> JSON:
-    """Ragged samples."""
-    file = tmp_path_factory.mktemp("data") / "samples.json"
-    file.write_text(json.dumps([{"instruction": f"Say {i}", "output": "yes " * (1 + i % 5)} for i in range(20)]))
-    return JSON(file, val_split_fraction=0.1, mask_prompt=False)
+def data(samples: Path) -> JSON:
+    return JSON(samples, val_split_fraction=0.1, mask_prompt=False)
 
 
 @pytest.fixture

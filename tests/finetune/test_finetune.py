@@ -47,14 +47,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ragged samples that can be learned by heart."""
-    file = tmp_path_factory.mktemp("data") / "samples.json"
-    file.write_text(json.dumps([{"instruction": f"Say {i}", "output": "yes " * (1 + i % 5)} for i in range(20)]))
-    return file
-
-
 @pytest.fixture
 def run(base: Path, samples: Path, tmp_path: Path):
     """Finetunes the tiny model; returns the run's folder."""

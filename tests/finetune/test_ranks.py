@@ -73,7 +73,7 @@ def runs(bases: dict[str, Path], samples: Path, tmp_path_factory: pytest.TempPat
         layouts = [layout for name, layout in PAIRS if name == method]
         flags = {layout: options(samples, place / f"{method} {layout}", train, **own, **LAYOUTS[layout]) for layout in layouts}
         shared += [(module.__name__, bases[family], made) for made in flags.values()]
-    assert run_on_ranks("finetune.several", 2, *shared) == [0, 0]
+    assert run_on_ranks("finetune.several", 2, *shared, timeout=300) == [0, 0]
     return place
 
 

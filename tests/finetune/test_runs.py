@@ -56,13 +56,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return speaking.make_checkpoint(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "samples.json"
-    file.write_text(json.dumps([{"instruction": f"Say {i}", "output": "yes " * (1 + i % 5)} for i in range(20)]))
-    return file
-
-
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test here cuts the power."""
