@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt import names
+from litgpt.adapter_v2 import is_new
 from litgpt.cache import Cache
 from litgpt.checkpoint import copy_side_files, described_by, find_adapter, write_checkpoint
 from litgpt.config import Config
@@ -163,7 +164,10 @@ class LLM(nn.Module):
         if self.model is None:
             self.model = self._new_model(dtype or compute_dtype(accelerator), device, quantize)
         elif quantize is None:
-            self.model.to(device=device, dtype=dtype)
+            self.model.to(device)
+            for name, parameter in self.model.named_parameters() if dtype is not None else ():
+                if not is_new(name):  # what Adapter trained stays in fp32, as buffers do
+                    parameter.data = parameter.data.to(dtype)
         elif is_quantized(self.model):
             raise UserError(f"`quantize` is {quantize!r}, but the model is quantized already. Load it again.")
         else:

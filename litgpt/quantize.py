@@ -104,7 +104,7 @@ def quantize_model(model: GPT, kind: str, dtype: torch.dtype | None = None, devi
         model.set_submodule(name, quantized(model.get_submodule(name), KINDS[kind], dtype, device))
     model.to(device)
     for parameter in model.parameters():  # copies, or a file that the weights are mapped from would stay in memory for their sake
-        parameter.data = parameter.data.to(dtype or parameter.dtype)
+        parameter.data = parameter.data.to(dtype or parameter.dtype, copy=device.type == "cpu")
 
 
 def is_quantizable(name: str, layer: nn.Module) -> bool:

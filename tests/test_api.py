@@ -3,12 +3,15 @@ import math
 import pytest
 import torch
 from speaking import exact_llm, make_checkpoint, make_tokenizer
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from litgpt.adapter_v2 import add_adapter_v2, is_new
 from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table, calculate_number_of_devices
 from litgpt.checkpoint import load_model, write_adapter
 from litgpt.errors import UserError
 from litgpt.lora import LoRA, LoRALinear, add_lora, merge_lora_weights
+from litgpt.model import GPT
 from litgpt.prompts import Alpaca, load_prompt_style
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Again"}]
@@ -188,6 +191,19 @@ def test_distribute_keeps_changes_in_memory_and_casts_only_if_asked(llm):
     llm.distribute(precision="bf16-true")
     assert {parameter.dtype for parameter in llm.parameters()} == {torch.bfloat16}
     assert isinstance(llm.generate("Hello", max_new_tokens=3), str)
+
+
+def test_another_precision_leaves_alone_what_has_to_be_exact(tmp_path):
+    config = tiny_config("deepseek_v3")
+    llm = LLM(GPT(config), Preprocessor(None), Alpaca(), config, None, tmp_path)
+    add_adapter_v2(llm.model)
+    before = {name: tensor.clone() for name, tensor in llm.state_dict().items()}
+    llm.distribute(accelerator="cpu", precision="bf16-true")
+    exact = {name for name in before if is_new(name) or name.endswith(".correction")}
+    assert any(name.endswith(".correction") for name in exact) and any(name.endswith("adapter_scale") for name in exact)
+    for name, tensor in llm.state_dict().items():
+        assert tensor.dtype == (torch.float32 if name in exact else torch.bfloat16), name
+        assert name not in exact or torch.equal(tensor, before[name])
 
 
 # Training
