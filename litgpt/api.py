@@ -165,9 +165,8 @@ class LLM(nn.Module):
             self.model = self._new_model(dtype or compute_dtype(accelerator), device, quantize)
         elif quantize is None:
             self.model.to(device)
-            for name, parameter in self.model.named_parameters() if dtype is not None else ():
-                if not is_new(name):  # what Adapter trained stays in fp32, as buffers do
-                    parameter.data = parameter.data.to(dtype)
+            if dtype is not None:
+                _cast(self.model, dtype)
         elif is_quantized(self.model):
             raise UserError(f"`quantize` is {quantize!r}, but the model is quantized already. Load it again.")
         else:
@@ -204,7 +203,8 @@ class LLM(nn.Module):
         model = GPT(self.config)
         if quantize is not None:
             quantize_model(model, quantize)
-        return model.to(device=device, dtype=dtype)
+        _cast(model, dtype)
+        return model.to(device)
 
     def _checked_cache_size(self, size: int | str | None) -> int | None:
         most = self.config.block_size
@@ -524,6 +524,13 @@ def benchmark_dict_to_markdown_table(results: Mapping[str, Sequence[float]]) -> 
         deviation = stdev(values) if len(values) > 1 else float("nan")
         lines.append(f"| {name:<35} | {mean(values):<27.2f} | {deviation:<27.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _cast(model: GPT, dtype: torch.dtype) -> None:
+    """Give a model's parameters a type, but for what has to be exact: what Adapter trained, and buffers."""
+    for name, parameter in model.named_parameters():
+        if not is_new(name):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int | None]:

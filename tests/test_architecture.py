@@ -2,9 +2,9 @@
 
 import ast
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,10 +209,16 @@ def test_importing_us_prints_nothing():
 )
 def test_we_start_within_the_budget(words, budget):
     best = float("inf")
-    for _ in range(8):  # the machine may be busy: the best of several tells what it takes
-        start = time.perf_counter()
+    for _ in range(8):  # seconds of the processor, of which a busy machine takes more too: the best of several counts
+        start = processor_seconds()
         python(*words)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, processor_seconds() - start)
         if best < budget:
             return
     pytest.fail(f"{best:.2f} s")
+
+
+def processor_seconds() -> float:
+    """What all programs took that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

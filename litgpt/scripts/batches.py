@@ -1,12 +1,13 @@
 """How the samples of a run are laid out in its microbatches: how many there are, how large they get, and what of them is padding."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from litgpt.args import TrainArgs
 from litgpt.data.packing import PackedSamples, Sample, n_inputs, pack
-from litgpt.training import longest_sample, steps, steps_per_epoch
+from litgpt.training import ROW_MULTIPLE, longest_sample, steps, steps_per_epoch
 
 MOST_STEPS = 5000  # so many of an epoch are looked at
 
@@ -25,7 +26,7 @@ class Batches:
     lengths: list[int] | None
     """Of the texts in its row, if they are laid end to end."""
     n_sizes: int
-    """How many different numbers of tokens microbatches have."""
+    """How many different numbers of tokens they have for products in bf16 on a CPU."""
     most: int
     """How many microbatches a step has at most."""
     n_microbatches: float
@@ -69,7 +70,7 @@ def batches_of_texts(texts: list[list[int]], longest: int | None, train: TrainAr
             microbatches = laid_out(mine, train.micro_batch_size, packing, longest)
             counts.append(len(microbatches))
             n_tokens, n_slots = n_tokens + sum(map(sum, mine)), n_slots + sum(map(slots, microbatches))
-            sizes.update(map(slots, microbatches))
+            sizes.update(math.ceil(slots(rows) / ROW_MULTIPLE) if packing else slots(rows) for rows in microbatches)
             fullest = max(fullest, *microbatches, key=slots)
     means = sum(counts) / len(counts), n_tokens / n_steps, n_slots / n_steps
     return Batches(len(fullest), max(map(sum, fullest)), fullest[0] if packing else None, len(sizes), max(counts), *means)
