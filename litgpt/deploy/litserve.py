@@ -39,7 +39,7 @@ class LitGPTAPI(LitAPI):
         precision: The type of weights and products; by default the one that is fast here.
         quantize: In how few bits to hold the weights, as every command takes it.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
-        adapter: A folder of LoRA updates to add to the model's weights.
+        adapter: A folder of LoRA updates, or of what Adapter trained, to add to the model.
         temperature: Above 1 the answers vary more, below 1 less; 0 always takes the likeliest token.
         top_k: Choose each token among the k likeliest ones only; None among all.
         top_p: Choose each token among the fewest likeliest ones whose probabilities reach this sum.

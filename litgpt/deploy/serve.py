@@ -107,7 +107,7 @@ def run_server(
             list of processes: `api_key_file`, or the environment variable LITGPT_API_KEY, is better.
         api_key_file: A file that holds the key.
         model_name: What requests call the model. By default the name of its folder.
-        adapter: A folder of LoRA updates, such as a PEFT adapter, to add to the model's weights for all requests.
+        adapter: A folder of LoRA updates, such as a PEFT adapter, or of what Adapter trained, to add to the model for all requests.
         adapters: LoRA adapters that requests may choose by name as their `model`: '{"NAME": "FOLDER"}'. Beside what Adapter trained
             there can be none.
         adapter_dir: A folder of adapters, which clients may load and unload by the names of its folders while the server runs.
