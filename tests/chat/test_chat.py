@@ -2,6 +2,7 @@ import io
 import json
 import re
 import signal
+import time
 
 import pytest
 import torch
@@ -131,14 +132,17 @@ def test_ctrl_c_stops_only_the_answer_and_what_was_said_is_remembered(speaker, m
 
 
 def test_many_ctrl_c_stop_one_answer_and_a_later_one_ends_the_chat(speaker, monkeypatch, capsys):
+    began = time.perf_counter()
     talk, typed = conversation(speaker, 50), iter(["Hello", "late", "Again", "later", "never read"])
 
     def type_line(_):
         line = next(typed)
-        if line == "late":  # just behind the answer that was stopped
+        if line == "late":  # just behind the answer that was stopped, however slow the machine
+            assert talk.stopped_at > began
+            talk.stopped_at = time.perf_counter()
             raise KeyboardInterrupt
         if line == "later":
-            talk.stopped_at -= 1
+            talk.stopped_at -= base.GRACE
             raise KeyboardInterrupt
         return line
 
