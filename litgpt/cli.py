@@ -11,11 +11,13 @@ import re
 import sys
 import textwrap
 import traceback
+import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -47,6 +49,7 @@ COMMANDS = {  # name: (where its function is, what it does)
     "add_tokens": ("litgpt.scripts.add_tokens:add_tokens", "Add tokens to a model's vocabulary."),
     "export_gguf": ("litgpt.scripts.export_gguf:export_gguf", "Write a GGUF file for llama.cpp and Ollama."),
 }
+AS_PYTHON = warnings.formatwarning
 USAGE = "usage: litgpt [-h] [--version] [--config FILE_OR_URL] COMMAND ..."
 TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "dict": "a mapping", "NoneType": "null"}
 
@@ -58,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: The words after `litgpt`. By default those that this process was started with.
     """
     open_streams()
+    warnings.formatwarning = formatted_warning
     try:
         code = answer(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
@@ -90,6 +94,12 @@ def answer(argv: list[str]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def formatted_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Return what a warning looks like: one of ours is told to users, so it says nothing of code."""
+    is_ours = category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent)
+    return f"{message}\n" if is_ours else AS_PYTHON(message, category, filename, lineno, line)
 
 
 def close_broken_streams() -> bool:

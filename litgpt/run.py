@@ -21,7 +21,7 @@ from litgpt import names
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.errors import UserError
 from litgpt.files import read_yaml
-from litgpt.hardware import device_name
+from litgpt.hardware import device_name, give_back_memory
 from litgpt.launch import upload
 from litgpt.metrics import Meter, ProgressLine, profiled, report, summary, validation_values
 from litgpt.optim import FirstNonFinite, learning_rate, warmup_steps
@@ -53,13 +53,18 @@ class Judged:
     n_since: int = 0  # validations, none of which was lower
     best: tuple[int, float] | None = None  # of the saved steps the one with the lowest loss, and that
     owed: bool = False  # whether the system stopped the run in the validation of this step
+    unanswered: bool = False  # or before its example answer was whole
 
     @property
     def is_whole(self) -> bool:
         """Whether all fields, which may have been read from a file, are of their types."""
         match self.best:
             case None | [int(), int() | float()]:
-                return isinstance(self.lowest, int | float | None) and isinstance(self.n_since, int) and isinstance(self.owed, bool)
+                return (
+                    isinstance(self.lowest, int | float | None)
+                    and isinstance(self.n_since, int)
+                    and {type(self.owed), type(self.unanswered)} == {bool}
+                )
         return False
 
 
@@ -377,6 +382,7 @@ class Run:
         """
         self._check_weights()
         weights = self.trained_weights()
+        give_back_memory()  # that of activations: the base is read once more beside the trained model
         try:
             with together(self.fabric):
                 if self.fabric.is_global_zero:

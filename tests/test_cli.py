@@ -664,6 +664,12 @@ def test_an_unknown_command_gets_the_usage_and_one_line(capsys):
     assert "wants a file or a URL" in capsys.readouterr().err
 
 
+def test_a_warning_of_ours_says_nothing_of_code(capsys, recwarn):
+    package = Path(cli.__file__).parent
+    assert cli.formatted_warning("The rate rises.", UserWarning, str(package / "run.py"), 3) == "The rate rises.\n"
+    assert "torch.py:3: UserWarning: Slow." in cli.formatted_warning("Slow.", UserWarning, "/site/torch.py", 3)
+
+
 def test_the_overview_lists_every_command(capsys):
     assert cli.main(["-h"]) == 0
     text = capsys.readouterr().out

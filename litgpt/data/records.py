@@ -28,7 +28,9 @@ SPEAKERS = {  # other words for the roles
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function_call": "assistant",
 }
+ROLES = {"system", "user", "assistant", "tool", *SPEAKERS}
 CALL = "function_call"  # whose text is a call, or a list of them, in JSON
 
 
@@ -141,8 +143,11 @@ def _conversation_key(record: Mapping[str, Any]) -> str | None:
 def _form(record: Mapping[str, Any]) -> tuple[str, str]:
     """Return what a record calls its question and its answer; of a record that is not complete, what it comes nearest to."""
     complete = [form for form in FORMS if all(record.get(key) is not None for key in form)]
-    if len(complete) > 1 and complete[0] != FORMS[0]:
-        pairs = " or ".join(f"`{asked}` with `{answered}`" for asked, answered in complete)
+    rivals = [
+        form for form in complete if complete[0] != FORMS[0] or form[0] == complete[0][0]
+    ]  # what else is beside the first form is ignored
+    if len({str(record[answered]) for _, answered in rivals}) > 1 or len({asked for asked, _ in rivals}) > 1:
+        pairs = " or ".join(f"`{asked}` with `{answered}`" for asked, answered in rivals)
         raise UserError(f"It is not clear what is asked and answered: {pairs}. Leave one of the answers out.")
     begun = [form for form in FORMS if any(key in record for key in form)]
     return (complete or begun or FORMS)[0]
@@ -163,6 +168,8 @@ def _only_text(record: Mapping[str, Any], keys: Sequence[str]) -> str:
 def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """Return messages that begin with the record's own system text, if it has one beside them."""
     text = _only_text(record, SYSTEMS)
+    if text and messages[0]["role"] == "system" and messages[0]["content"] != text:
+        raise UserError("The record has a system text beside its messages, which begin with another one. Leave one of them out.")
     if not text or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": text}, *messages]
@@ -182,8 +189,8 @@ def _checked(message: Any, where: str, role: str, content: str) -> Message:
         raise UserError(f"`{content}` of {where} must be text, but is {_found(message, content)}.")
     if calls:
         rest["tool_calls"] = [_checked_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
-    speaker = "assistant" if message[role] == CALL else SPEAKERS.get(message[role], message[role])
-    return {"role": speaker, "content": text} | rest
+    said_by = message[role].lower() if message[role].lower() in ROLES else message[role]  # some templates know more, which stay as they are
+    return {"role": SPEAKERS.get(said_by, said_by), "content": text} | rest
 
 
 def _found(message: Any, key: str) -> str:

@@ -51,7 +51,7 @@ __all__ = ["Defaults", "Limits", "Service", "make_app"]
 
 T = TypeVar("T")
 
-PREDICT = "/predict"
+PREDICT, CHAT = "/predict", "/v1/chat/completions"
 WEB = Path(__file__).with_name("web")
 POLICY = (  # for the page: everything comes from this server, and nothing is written into the page itself
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -96,10 +96,9 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="LitGPT", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.include_router(router)
-    if service.openai_spec and service.api_path != PREDICT:
+    _add(app, PREDICT if service.openai_spec else service.api_path, predict)
+    if service.openai_spec and service.api_path not in (PREDICT, CHAT):
         _add(app, service.api_path, chat_completions)
-    else:
-        _add(app, service.api_path, predict)
     for path in [WEB / "index.html", *sorted(WEB.glob("*.js")), *sorted(WEB.glob("*.css"))]:
         _add_page(app, path)
     app.add_exception_handler(ApiError, _on_api_error)
@@ -124,7 +123,7 @@ def answered(answer: Answered, status: int = 200) -> Response:
 # Answers
 
 
-@router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion | ChatChunk, "content": STREAMED}})
+@router.post(CHAT, responses={200: {"model": ChatCompletion | ChatChunk, "content": STREAMED}})
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation; with `stream` in events that end with `[DONE]`."""
     return await answer_chat(service_of(request), body, request)

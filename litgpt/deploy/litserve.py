@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from fastapi import HTTPException
 from litserve import LitAPI
-from pydantic import BaseModel, Field
+from pydantic import Field
 
+from litgpt.deploy.protocol import Strict
 from litgpt.errors import UserError
 from litgpt.generate.answers import Options, Reply, new_reply, write
 from litgpt.generate.run import load
 from litgpt.quantize import check_quantize
 
 
-class Prompt(BaseModel):
-    """What a client sends."""
+class Prompt(Strict):
+    """What a client sends, and nothing else: how tokens are drawn is set when the server starts."""
 
     prompt: str = Field(min_length=1)
 

@@ -22,7 +22,7 @@ import torch
 import uvicorn
 
 from litgpt.deploy.adapters import Adapters
-from litgpt.deploy.app import PREDICT, make_app, router
+from litgpt.deploy.app import CHAT, PREDICT, make_app, router
 from litgpt.deploy.engine import Engine, Update
 from litgpt.deploy.safety import MAX_HEADER_BYTES, Connection, Guard, log
 from litgpt.deploy.service import Defaults, Limits, Service
@@ -35,7 +35,6 @@ from litgpt.hardware import find_device
 from litgpt.model import GPT
 from litgpt.quantize import Quantize, check_quantize
 
-CHAT = "/v1/chat/completions"
 KEY_VARIABLE = "LITGPT_API_KEY"
 KEEP_ALIVE = 30  # seconds that a connection may wait for its next request
 LAST_WORDS = 5.0  # seconds, behind the grace time, to send what ended requests are told
@@ -98,7 +97,7 @@ def run_server(
         stream: Whether /predict streams its answer as lines of JSON.
         openai_spec: All routes are always there. With this, another `api_path` is one more path of /v1/chat/completions.
         access_token: A Hugging Face access token, for models that are downloaded and need one.
-        api_path: The path of LitGPT's own route.
+        api_path: The path of LitGPT's own route, which `openai_spec` leaves at /predict.
         timeout: Seconds that a request may wait until its answer begins, or the next of several; then it ends with an error. 0 or less
             waits for ever.
         generate_strategy: Not supported yet.
@@ -122,8 +121,8 @@ def run_server(
     refuse_later(devices, generate_strategy)
     defaults = Defaults(temperature, top_k, top_p, min_p, max_new_tokens, seed)
     check_defaults(defaults)
-    wait, grace_time = seconds(timeout, "timeout"), seconds(grace, "grace")
-    limits = replace(Limits(), timeout=wait if 0 < wait < math.inf else None)
+    check_times(timeout, grace)
+    limits = replace(Limits(), timeout=timeout if 0 < timeout < math.inf else None)
     check_quantize(quantize, find_device(accelerator))  # what is not here is refused before the port is taken
     key = find_key(api_key, api_key_file)
     check_paths(api_path, openai_spec, adapter_dir)
@@ -140,7 +139,7 @@ def run_server(
         page = [path for route in app.routes if (path := getattr(route, "path", "")) == "/" or path.startswith("/web/")]
         guard = Guard(app, key=key, max_body=limits.max_body, page=page, log_prompts=log_prompts)
         with logging_to_stderr():
-            asyncio.run(Life(service, guard, listener, grace_time).run(f"Serving {name} on {url(host, listener)}"))
+            asyncio.run(Life(service, guard, listener, grace).run(f"Serving {name} on {url(host, listener)}"))
     leave(engine)
 
 
@@ -177,11 +176,12 @@ def check_defaults(defaults: Defaults) -> None:
         raise UserError(f"`max_new_tokens` must be at least 1, up to {Limits.max_tokens}, but got {defaults.max_new_tokens}.")
 
 
-def seconds(value: float, name: str) -> float:
-    """Return a time that is not negative."""
-    if math.isnan(value):
-        raise UserError(f"`{name}` is a number of seconds, but got {value}.")
-    return max(value, 0.0)
+def check_times(timeout: float, grace: float) -> None:
+    """Refuse numbers of seconds that are none; a `timeout` of less than 0 has a meaning, a `grace` has not."""
+    if math.isnan(timeout):
+        raise UserError(f"`timeout` is a number of seconds, but got {timeout}. 0 waits for ever.")
+    if not grace >= 0:  # nan neither
+        raise UserError(f"`grace` is a number of seconds, 0 or more, but got {grace:g}. 0 breaks off at once what is under way.")
 
 
 def find_key(api_key: str | None, api_key_file: Path | None) -> str | None:

@@ -104,7 +104,7 @@ class Service:
         adapter_dir: The folder whose folders may be loaded as adapters while serving.
         api_path: The route of LitGPT's own protocol.
         stream: Whether that route streams.
-        openai_spec: Whether `api_path`, if it is not the usual one, is a further path of the chat route instead.
+        openai_spec: Whether LitGPT's own stays at `/predict`, and `api_path`, if it is another, is one more path of the chat route.
     """
 
     speaker: Speaker

@@ -3,21 +3,20 @@
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-import yaml
 
 from litgpt.checkpoint import DTYPES, described_by, find_adapter
 from litgpt.config import Config
-from litgpt.errors import MissingFile, UserError, did_you_mean
-from litgpt.eval.harness import as_lm, lm_eval_module
-from litgpt.files import cannot_write, read_text
+from litgpt.errors import UserError, did_you_mean
+from litgpt.eval.harness import as_lm, check_generation, lm_eval_module
+from litgpt.eval.tasks import find_tasks, list_tasks, load_tasks
+from litgpt.files import cannot_write
 from litgpt.generate.run import Speaker, load_weights
 from litgpt.hardware import compute_dtype, find_device
 from litgpt.names import CONFIG, PARTIAL
@@ -92,6 +91,7 @@ def convert_and_evaluate(
     n_rows = checked_batch_size(batch_size)
     check_choices(model, model_args, limit, num_fewshot)
     generation = None if gen_kwargs is None else parsed("gen_kwargs", gen_kwargs)
+    check_generation(generation or {}, "`gen_kwargs` says")
     chosen_device, chosen_dtype = find_named_device(device), find_dtype(dtype, device)
     check_quantize(quantize, chosen_device)
     updates = find_adapter(adapter)
@@ -99,7 +99,7 @@ def convert_and_evaluate(
     manager = find_tasks(names, include_path)
     server = model != OURS
     folder = find_checkpoint(checkpoint_dir, access_token=access_token, tokenizer_only=server)
-    loaded = load_tasks(manager, names)
+    loaded = load_tasks(manager, names, num_fewshot)
     file = prepared_file(save_filepath or (out_dir or folder / "evaluate") / "results.json")
     if server:
         what: dict[str, Any] = dict(model=model, model_args=server_args(folder, model_args), batch_size=batch_size)
@@ -129,13 +129,23 @@ def measured(**arguments: Any) -> dict[str, Any]:
     Raises:
         UserError: The model is a server, and fails.
     """
-    simple_evaluate = lm_eval_module("lm_eval.evaluator").simple_evaluate
+    evaluator = lm_eval_module("lm_eval.evaluator")
+    evaluator.get_git_commit_hash = commit_here
+    simple_evaluate = evaluator.simple_evaluate
     if arguments["model"] not in SERVERS:
         return simple_evaluate(**arguments)
     try:
         return simple_evaluate(**arguments)
     except (OSError, RuntimeError, lm_eval_module("aiohttp").ClientError) as error:  # of the packages through which lm-eval asks
         raise UserError(f"The server at {arguments['model_args']['base_url']} failed: {error}") from error
+
+
+def commit_here() -> str | None:
+    """Return the commit of the folder that we are in, which lm-eval writes beside the results, or None.
+
+    It would let git complain in the terminal where there is none.
+    """
+    return lm_eval_module("lm_eval.loggers.utils").get_commit_from_path(".")
 
 
 def report(results: dict[str, Any], file: Path) -> None:
@@ -294,90 +304,3 @@ def server_args(folder: Path, model_args: str | None) -> dict[str, Any]:
     if (described / CONFIG).is_file():
         known["max_length"] = Config.from_checkpoint(described).block_size
     return known | {"tokenizer_backend": "huggingface"} | given
-
-
-# Tasks
-
-
-def list_tasks(include_path: Path | None) -> None:
-    """Print the names of all tasks, and how to evaluate on them."""
-    print("\n".join(task_manager(include_path).all_tasks))
-    print("\nThese are the tasks of lm-eval. Evaluate on some with: litgpt evaluate CHECKPOINT --tasks hellaswag,mmlu")
-
-
-def task_manager(include_path: Path | None, knows_all: bool = True) -> Any:
-    """Return lm-eval's index of tasks, of its own and of a folder.
-
-    Args:
-        include_path: The folder.
-        knows_all: Whether to read lm-eval's own tasks, of which there are many thousands, so that it takes seconds.
-
-    Raises:
-        MissingFile: There is no such folder.
-    """
-    if include_path is not None and not Path(include_path).is_dir():
-        raise MissingFile(f"There is no folder {include_path} to look for tasks in. `include_path` names a folder with YAML files.")
-    more = {} if knows_all else {"include_defaults": False}
-    return lm_eval_module("lm_eval.tasks").TaskManager(include_path=None if include_path is None else str(include_path), **more)
-
-
-def find_tasks(names: list[str], include_path: Path | None) -> Any:
-    """Return the index of tasks, which knows all that are named; a pattern among the names is replaced by what it stands for.
-
-    Raises:
-        UserError: A name is unknown, or there is none.
-    """
-    if not names:
-        raise UserError("`tasks` names no task. Name some, as in --tasks hellaswag,mmlu; `litgpt evaluate list` prints all.")
-    manager = task_manager(include_path, knows_all=not all(map(_is_whole_task, names)))
-    for name in list(names):
-        found = [name] if name in manager.task_index or _is_task_file(name) else manager.match_tasks([name])
-        if not found:
-            near = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-            meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise UserError(f"There is no task {name!r}.{meant} `litgpt evaluate list` prints all.")
-        at = names.index(name)
-        names[at : at + 1] = found
-    return manager
-
-
-def _is_task_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
-
-
-def _is_whole_task(name: str) -> bool:
-    """Whether a name is that of a file that names no other task."""
-    if not _is_task_file(name):
-        return False
-    try:
-        content = yaml.compose(read_text(Path(name)), yaml.SafeLoader)  # not its values, which may be functions
-    except (yaml.YAMLError, RecursionError):  # which lm-eval tells of when it loads the file
-        return False
-    keys = content.value if isinstance(content, yaml.MappingNode) else ()
-    return bool(keys) and not any(isinstance(key, yaml.ScalarNode) and key.value in ("group", "include") for key, _ in keys)
-
-
-def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
-    """Return the tasks and groups with their data.
-
-    Raises:
-        UserError: Data or packages are missing, or a task needs what is not supported.
-    """
-    try:
-        loaded = manager.load(list(names))
-    except Exception as error:  # no code of ours runs there, and what datasets and the hub raise is without end
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"The data of {', '.join(names)} could not be loaded: {first[:300]} ({type(error).__name__}). Check the network, or name "
-            "tasks whose data is on this machine."
-        ) from error
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"The task {name} runs programs that the model writes, which is not supported. Choose another task.")
-        if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"The task {name} shows pictures, which is not supported. Choose another task.")
-    groups = loaded["groups"]
-    inside = {child.name for group in groups.values() for child in group.get_all_groups() if child is not group}
-    grouped = {id(task) for group in groups.values() for task in group.get_all_tasks()}
-    alone = [task for task in loaded["tasks"].values() if id(task) not in grouped]
-    return [group for name, group in groups.items() if name not in inside] + alone

@@ -20,6 +20,7 @@ from litgpt.tokenizer import StreamDecoder, Tokenizer
 AUTO_ROWS = 8  # how many answers are generated at a time where the batch size is chosen for the device
 MAX_NEW_TOKENS = 256  # where the task does not say
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval knows all four
 WITHOUT_EFFECT = {"num_beams": 1, "do_sample": None}  # what tasks say beside it, and the value that it may have (None: any)
 
 
@@ -126,6 +127,7 @@ class Harness:
 
     def _writer(self, context: str, settings: dict[str, Any]) -> "Writer":
         """Return the answer to a request, not begun yet."""
+        check_generation(settings, "The task generates with")
         asked = lm_eval_module("lm_eval.models.utils").normalize_gen_kwargs(settings, MAX_NEW_TOKENS)
         n_new, until = asked.pop("max_gen_toks"), asked.pop("until")
         temperature = float(asked.pop("temperature", 1.0 if asked.get("do_sample") else 0.0))
@@ -171,6 +173,31 @@ class Harness:
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return what the results say of the prompt style."""
         return getattr(self.style, "template", type(self.style).__name__) if chat_template else ""
+
+
+def check_generation(settings: dict[str, Any], who: str) -> None:
+    """Refuse settings of answers that are not of the kind that their names say.
+
+    Args:
+        settings: By name. What we do not know passes.
+        who: Says where they come from, such as "The task generates with".
+
+    Raises:
+        UserError: A value is of another kind.
+    """
+    for name, value in settings.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "until":
+            texts = value if isinstance(value, list) else [value]
+            right, kind = all(text is None or isinstance(text, str) for text in texts), "a text. Put quotes around a number: until='3'"
+        elif name == "do_sample":
+            right, kind = value is None or isinstance(value, bool), "true or false"
+        elif name == "top_k" or name in TOKEN_LIMITS:
+            right, kind = value is None or is_number and isinstance(value, int), "a whole number"
+        else:
+            right, kind = is_number or name not in SAMPLING, "a number"
+        if not right:
+            raise UserError(f"{who} `{name}` {value!r}, but it is {kind}.")
 
 
 def encoded(tokenizer: Tokenizer, text: str) -> list[int]:

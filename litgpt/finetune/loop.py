@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litgpt import names
 from litgpt.args import EvalArgs, LogArgs, OptimizerArgs, TrainArgs, to_plain
-from litgpt.checkpoint import copy_side_files, load_model, refuse_adapter, write_config
+from litgpt.checkpoint import copy_side_files, has_lora, load_model, refuse_adapter, write_config
 from litgpt.config import Config
 from litgpt.data import Alpaca, DataModule
 from litgpt.data.packing import PackedSamples, Sample
@@ -196,7 +196,7 @@ def fit(
     train = run.train
     if run.judged.owed or (eval.initial_validation and run.step == 0):
         run.validate(val_samples, eval)
-    if show_example is not None and run.step == 0:
+    if show_example is not None and (run.judged.unanswered or run.step == 0):
         show_example()
 
     feed = run.feed(samples, seed)
@@ -208,6 +208,7 @@ def fit(
             if run.step % train.log_interval == 0:
                 run.log(loss, grad_norm, epoch)  # the only line that waits for the device
             if run.step % eval.interval == 0:
+                run.judged.unanswered = show_example is not None
                 run.validate(val_samples, eval)
                 if show_example is not None:
                     show_example()
@@ -262,7 +263,7 @@ def plan_of(
 def find_base(checkpoint_dir: Path, access_token: str | None, needs_weights: bool) -> Path:
     """Return the folder of the model to finetune."""
     folder = find_checkpoint(checkpoint_dir, access_token=access_token, needs_weights=needs_weights)
-    if (folder / names.ADAPTER_CONFIG).is_file() and not (folder / names.CONFIG).is_file():
+    if has_lora(folder):
         raise UserError(f"{folder} holds the updates of a model, not a model. Merge them first: litgpt merge_lora {folder}")
     refuse_adapter(folder)
     return folder.absolute()  # what is written names it, and may be read from elsewhere
@@ -372,12 +373,14 @@ def example_index(samples: Sequence[Sample], eval: EvalArgs, step: int) -> int:
 
 def say_answer(run: Run, tokenizer: Tokenizer, samples: Sequence[Sample], eval: EvalArgs) -> None:
     """Show and log what the model, as it is now, answers to a sample's instruction. All ranks must call this."""
+    run.judged.unanswered = bool(run.step)  # until it is told
     model, i = run.model.module, example_index(samples, eval, run.step)
     messages, _ = samples.example(i)
     style = samples.style_of(i) if hasattr(samples, "style_of") else samples.prompt_style  # sets of the user's own have one for all
     prompt = encode_prompt(style, tokenizer, messages)
     if len(prompt) >= model.config.block_size:
         run.progress.say("No example is shown, for its prompt fills the model's context.")
+        run.judged.unanswered = False
         return
     with run.meter.paused():
         model.eval()
@@ -391,6 +394,7 @@ def say_answer(run: Run, tokenizer: Tokenizer, samples: Sequence[Sample], eval: 
         finally:
             model.train()
         run.note_answer(messages[-1]["content"], tokenizer.decode(tokens))
+        run.judged.unanswered = False
 
 
 # What is written

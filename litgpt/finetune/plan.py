@@ -16,9 +16,10 @@ from litgpt.data.packing import Sample
 from litgpt.files import read_json
 from litgpt.hardware import GB, device_memory_gb, device_name, find_device, products_dtype
 from litgpt.launch import PRECISIONS
+from litgpt.lora import LoRAExperts, LoRALinear
 from litgpt.model import GPT
 from litgpt.optim import make_optimizer, warmup_steps
-from litgpt.quantize import KINDS, bytes_per_weight, check_quantize, is_quantizable, quantized
+from litgpt.quantize import KINDS, bytes_per_weight, check_quantize, is_quantizable, n_weights, quantized
 from litgpt.run_inputs import counted
 from litgpt.scripts.batches import Batches, batches_of, batches_of_texts, texts_of
 from litgpt.scripts.memory_plan import Pass, blocks_to_recompute, cast, in_words, measured_pass, without_numbers
@@ -49,6 +50,7 @@ class Measured(NamedTuple):
     weights: int  # buffers included
     buffers: int  # of that: quantized weights, which every device holds whole
     stored: int  # the weights of the model alone, as they lie on the disk
+    merged: int  # of that: those to which updates are added, which are new
     block: int  # the parameters of the largest block
     outside: int  # those of no block: embedding, head and norm
     trained: list[tuple[int, torch.dtype, int]]  # numbers, type and dimensions of each trained parameter
@@ -157,7 +159,11 @@ def make_plan(
     if on_cpu:
         program += int(KERNEL * min(MOST_KERNELS, found.passes.n_products * batches.n_sizes))
     memory, n_recomputed = memory_of(found, train, optimizer, batches, config.n_layer, n_devices if is_sharded else 1, program)
-    copying = program + max(found.stored, memory.weights + memory.optimizer + (found.stored if method.freezes else 0)) if on_cpu else 0
+    copying = (
+        program + max(found.stored, memory.weights + memory.optimizer + (found.stored + found.merged if method.freezes else 0))
+        if on_cpu
+        else 0
+    )
     texts = texts_of(samples)
     plan = Plan(
         model=config.name,
@@ -224,6 +230,7 @@ def measure(method: Trained, config: Config, precision: str, batches: Batches, s
             n_quantizable=n_quantizable,
             weights=_nbytes(model.parameters()) + _nbytes(model.buffers()),
             stored=n_own * stored.itemsize,
+            merged=stored.itemsize * sum(n_weights(layer) for layer in model.modules() if isinstance(layer, LoRALinear | LoRAExperts)),
             buffers=_nbytes(model.buffers()),
             block=max(blocks),
             outside=_nbytes(model.parameters()) - sum(blocks),

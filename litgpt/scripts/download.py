@@ -122,7 +122,9 @@ def find_checkpoint(
                 check_files(folder, tokenizer=False)  # it is parsed when it is loaded, which comes before the weights
                 return folder
             if folder is path or not on_hub:
-                raise MissingFile(f"{folder} lacks {missing}. Add what is missing, or name another checkpoint.")
+                final = folder / names.FINAL  # what a run wrote
+                way = f"Name {final}" if missing_part(final) is None else "Add what is missing, or name another checkpoint"
+                raise MissingFile(f"{folder} lacks {missing}. {way}.")
     if package is not None:
         return fetch_package(package, dtype, Path(names.CHECKPOINTS))
     if not on_hub:

@@ -299,6 +299,15 @@ def test_a_style_of_ones_own_sees_instruction_and_input(tokenizer):
     assert tokenizer.decode(sample["input_ids"]).startswith("Translate.|cat>chat")
 
 
+def test_roles_may_begin_with_a_capital_letter():
+    said = messages_of(
+        {"messages": [{"role": "User", "content": "a"}, {"role": "Assistant", "content": "b"}, {"role": "Judge", "content": "c"}]}
+    )
+    assert [message["role"] for message in said] == ["user", "assistant", "Judge"]
+    said = messages_of({"conversations": [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}]})
+    assert [message["role"] for message in said] == ["user", "assistant"]
+
+
 @pytest.mark.parametrize(
     "record, message",
     [
@@ -307,6 +316,8 @@ def test_a_style_of_ones_own_sees_instruction_and_input(tokenizer):
         ({"prompt": "x"}, "`completion` is missing. It has the keys `prompt`"),
         ({"question": "x", "answer": 4}, "`answer` must be text, but is 4"),
         ({"prompt": "x", "completion": "y", "response": "z"}, "not clear what is asked and answered: `prompt` with `completion` or"),
+        ({"instruction": "x", "output": "y", "response": "z"}, "not clear what is asked and answered: `instruction` with `output` or"),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}]}, "beside its messages"),
         ({"question": "x", "answer": "y", "input": "a", "context": "b"}, "`input` and `context` are different texts"),
         ({"instruction": "x", "output": "y", "system": 3}, "`system` must be text, but is 3"),
         ({"instruction": "x", "outputs": "y"}, "Did you mean 'outputs'"),

@@ -12,6 +12,7 @@ from deploy.serving import Served, serving
 from deploy.test_chat_completions import events
 
 from litgpt.deploy import embeddings
+from litgpt.deploy.app import CHAT, PREDICT
 from litgpt.deploy.service import Limits
 
 PATH = "/v1/completions"
@@ -224,6 +225,13 @@ def test_vectors_that_cannot_be_made_are_refused(server, fields):
     assert server.post("/v1/embeddings", {"input": PROMPT, **fields}).status_code == 400
 
 
+def test_an_answer_ends_where_the_context_does(server):
+    length = server.service.engine.max_length
+    answer = ask(server, ids_of(server, "hay " * 300)[: length - 3], max_tokens=Limits.max_tokens, temperature=0)
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] == length
+    assert server.post(PATH, {"prompt": PROMPT, "max_tokens": Limits.max_tokens + 1}).status_code == 400
+
+
 # LitGPT's own protocol
 
 
@@ -248,8 +256,15 @@ def test_predict_streams_lines_of_json_if_the_server_does(checkpoint):
         assert server.post("/predict", {"prompt": "Hi"}).status_code == 404
 
 
-def test_the_path_may_be_one_of_the_chat_route(checkpoint):
-    with serving(checkpoint, openai_spec=True, api_path="/chat") as server:
+@pytest.mark.parametrize("path", ["/my/chat", "/predict", CHAT])
+def test_the_path_may_be_one_more_of_the_chat_route_and_nothing_is_lost(path, checkpoint):
+    with serving(checkpoint, openai_spec=True, api_path=path) as server:
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "seed": 1}
-        one, other = (server.post(path, body).json()["choices"] for path in ("/chat", "/v1/chat/completions"))
+        one, other = (server.post(where, body).json()["choices"] for where in (CHAT if path == PREDICT else path, CHAT))
         assert one == other
+        predicted = server.post(PREDICT, {"prompt": "Hi", "seed": 3, "max_new_tokens": 5})
+        assert predicted.json() == {"output": expected_text(server.speaker, server.speaker.encode("Hi"), 5, seed=3)}
+        described = server.get("/openapi.json").json()["paths"]
+        assert {CHAT, PREDICT, PATH, path} <= described.keys()
+        ids = [operation["operationId"] for operations in described.values() for operation in operations.values()]
+        assert len(ids) == len(set(ids))

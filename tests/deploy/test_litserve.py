@@ -138,6 +138,12 @@ def test_litserve_streams_the_same_answer(size, url, expected):
     assert max(len(text.splitlines()) for _, text in answers) > 3
 
 
+@pytest.mark.parametrize("kind", ["LitGPTAPI", "StreamingLitGPTAPI"])
+def test_a_field_that_would_be_ignored_is_refused_by_name(kind, url):
+    status, text = post(f"{url}/{kind}/1", {"prompt": "Hi", "temperature": 0.0, "bogus": 1})
+    assert status == 422 and [problem["loc"] for problem in json.loads(text)["detail"]] == [["body", "temperature"], ["body", "bogus"]]
+
+
 def test_wrong_options_are_refused_before_a_worker_starts(folder):
     for wrong in ({"temperature": -1.0}, {"top_p": 2.0}, {"quantize": "bnb.nf3"}, {"stream": True}):
         with pytest.raises(UserError):

@@ -220,6 +220,16 @@ def refusal(capsys, *words: object) -> str:
     return err
 
 
+@pytest.mark.parametrize("grace", ["-1", "-0.5"])
+def test_a_negative_grace_is_one_line_with_exit_code_2(grace, capsys):
+    assert f"`grace` is a number of seconds, 0 or more, but got {grace}." in refusal(capsys, NOWHERE, "--port", 0, "--grace", grace)
+
+
+@pytest.mark.parametrize("flags", [["--grace", "0"], ["--timeout", "-1"]])
+def test_no_grace_and_no_timeout_are_taken(flags, capsys):
+    assert str(NOWHERE) in refusal(capsys, NOWHERE, "--port", 0, *flags)
+
+
 def test_a_port_in_use_is_one_line_with_exit_code_2(guarded, model, capsys):
     assert f"Port {guarded.port} is in use. Choose another by `--port`; 0 takes" in refusal(capsys, model, "--port", guarded.port)
 

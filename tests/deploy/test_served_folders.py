@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from deploy.process import TERM, served
 from deploy.serving import serving
-from finetune.test_adapters import arguments, base, samples  # noqa: F401
+from finetune.conftest import samples  # noqa: F401
+from finetune.test_adapters import arguments, base  # noqa: F401
 
 from litgpt import LLM
 from litgpt.deploy.serve import run_server

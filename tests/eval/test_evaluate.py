@@ -190,6 +190,17 @@ def test_the_tasks_are_listed_without_a_checkpoint(tasks, arguments, capsys):
         ({"include_path": Path("nowhere")}, "There is no folder nowhere"),
         ({"adapter": Path("nowhere")}, "nowhere"),
         ({"gen_kwargs": "max_gen_toks=500", "tasks": "write"}, "generates 500 tokens, but the model's context is 128"),
+        ({"gen_kwargs": "max_gen_toks=x"}, "`gen_kwargs` says `max_gen_toks` 'x', but it is a whole number"),
+        ({"gen_kwargs": "max_gen_toks=4.5"}, "`max_gen_toks` 4.5, but it is a whole number"),
+        ({"gen_kwargs": "max_new_tokens=true"}, "`max_new_tokens` True"),
+        ({"gen_kwargs": "temperature=hot,do_sample=true"}, "`temperature` 'hot', but it is a number"),
+        ({"gen_kwargs": "top_p=none,do_sample=true"}, "`top_p` None, but it is a number"),
+        ({"gen_kwargs": "do_sample=maybe"}, "`do_sample` 'maybe', but it is true or false"),
+        ({"gen_kwargs": "until=3"}, "`until` 3, but it is a text. Put quotes around a number"),
+        ({"num_fewshot": 100}, "The task choose has 3 solved examples, but 100 are to stand before each question. Set at most"),
+        ({"num_fewshot": 4, "tasks": "both"}, "The task choose(_again)? has 3 solved examples, but 4"),
+        ({"tasks": "nofile.yaml"}, "There is no file 'nofile.yaml' for `tasks`"),
+        ({"tasks": "nowhere/nofile.yml"}, "There is no file 'nowhere/nofile.yml'"),
     ],
 )
 def test_a_mistake_is_one_sentence(measured, options, said):
@@ -228,7 +239,7 @@ def test_data_that_is_not_there_is_named(tasks, tmp_path, measured):
     (tmp_path / "mine").mkdir()
     text = (tasks / "choose.yaml").read_text().replace(str(tasks), "/nowhere").replace("task: choose", "task: far_away")
     (tmp_path / "mine" / "far_away.yaml").write_text(text)
-    with pytest.raises(UserError, match="The data of far_away could not be loaded: .*nowhere.*"):
+    with pytest.raises(UserError, match="A file that far_away needs is not there: .*nowhere.*Correct the path"):
         measured("far_away", include_path=tmp_path / "mine")
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
@@ -239,6 +250,46 @@ def test_data_of_the_hub_is_missed_in_one_sentence_without_a_network(tasks, tmp_
     (tmp_path / "mine" / "far_away.yaml").write_text(text)
     with pytest.raises(UserError, match="The data of far_away could not be loaded"):
         measured("far_away", include_path=tmp_path / "mine")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_question_of_the_examples_own_split_is_no_example_for_itself(measured, tasks, tmp_path, number):
+    """Nor for a question like it: lm-eval takes all that are like it out."""
+    rows = (tasks / "solved.jsonl").read_text().splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:1] * number + rows[1:]) + "\n")
+    text = (tasks / "choose.yaml").read_text().replace(str(tasks / "questions.jsonl"), str(tmp_path / "few.jsonl"))
+    (tmp_path / "mine.yaml").write_text(text.replace("fewshot_split: train", "fewshot_split: test"))
+    assert measured(str(tmp_path / "mine.yaml"), num_fewshot=2)["n-shot"] == {"choose": 2}
+    with pytest.raises(UserError, match="has 2 solved examples, but 3"):
+        measured(str(tmp_path / "mine.yaml"), num_fewshot=3)
+
+
+@pytest.mark.parametrize(
+    "right, wrong, said",
+    [
+        ("test_split: test", "test_split: [test", "A task file of .*mine.yaml is no YAML: .*line "),
+        ("{{question}}", "{{wrong}}", "A template in the task file of .*mine.yaml is wrong: 'wrong' is undefined"),
+        ("{{question}}", "{{question", "A template in the task file of .*mine.yaml is wrong: "),
+        ("{{answer}}", "{{wrong}}", "'wrong' is undefined"),
+        ("{{choices}}", "{{wrong}}", "'wrong' is undefined"),
+        ("questions.jsonl", "question.jsonl", "A file that .*mine.yaml needs is not there: .*question.jsonl.*Correct the path"),
+        ("task: choose", "task: choose\ninclude: part.yaml", "A file that .*mine.yaml needs is not there: .*part.yaml"),
+    ],
+    ids=["no YAML", "a question", "no template", "an answer", "choices", "data", "a part"],
+)
+def test_a_task_file_that_is_wrong_is_said_to_be_so(measured, tasks, tmp_path, right, wrong, said):
+    text = (tasks / "choose.yaml").read_text()
+    assert right in text
+    (tmp_path / "mine.yaml").write_text(text.replace(right, wrong))
+    with pytest.raises(UserError, match=said) as caught:
+        measured(str(tmp_path / "mine.yaml"), include_path=None)
+    assert "network" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_git_says_nothing_where_there_is_no_repository(measured, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert measured("choose", limit=1)["git_hash"] is None
+    assert "git" not in capfd.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_loaded(checkpoint, tasks, tmp_path, monkeypatch):

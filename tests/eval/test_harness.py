@@ -126,6 +126,9 @@ def test_a_system_text_that_the_style_refuses_is_left_out_with_one_note(checkpoi
         ({"max_gen_toks": 4, "num_beams": 3}, "`num_beams` 3, which is not supported"),
         ({"max_gen_toks": 4, "penalty_alpha": 0.5}, "`penalty_alpha` 0.5"),
         ({"max_gen_toks": 4, "do_sample": True, "temperature": 1.0, "top_p": 2}, "`top_p`"),
+        ({"max_gen_toks": "4"}, "The task generates with `max_gen_toks` '4', but it is a whole number"),
+        ({"until": ["a", 3]}, "The task generates with `until` \\['a', 3\\], but it is a text"),
+        ({"do_sample": True, "top_k": 2.5}, "`top_k` 2.5, but it is a whole number"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(checkpoint, settings, said):

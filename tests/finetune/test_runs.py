@@ -224,7 +224,9 @@ def test_every_reader_takes_a_link_for_the_step_it_names(run, base: Path, tmp_pa
     assert f"Going on after step 4, from {out_dir / 'step-000004'}" in capsys.readouterr().out
     assert saved_steps(out_dir) == [2, 4] and [row["step"] for row in logged(out_dir)] == [1, 2, 3, 4, 5]
     with pytest.raises(UserError, match="`overwrite` would delete .*step-000004, but this run reads"):
-        lora.setup(out_dir / "last", out_dir=out_dir, overwrite=True, data=JSON(base), train=TrainArgs(**TRAIN))
+        lora.setup(base, out_dir=out_dir, overwrite=True, data=JSON(out_dir / "last" / "config.json"), train=TrainArgs(**TRAIN))
+    with pytest.raises(UserError, match="holds the updates of a model, not a model. Merge them first: litgpt merge_lora"):
+        lora.setup(out_dir / "last", out_dir=tmp_path / "on", data=JSON(base), train=TrainArgs(**TRAIN))
 
 
 def test_starting_over_removes_links_and_takes_no_link_for_a_run(run, tmp_path: Path):
@@ -409,6 +411,11 @@ def test_a_signal_while_an_example_is_written_waits_for_a_few_tokens_only(run, m
         run(**settings)
     assert stopped.value.code == 128 + signal.SIGINT and asked.seen <= 2 + VOTE_EVERY and saved_steps(tmp_path / "out") == [2]
     assert_same_result(run(**settings, resume=True), reference)
+    told = [
+        [(row["step"], row["answer"]) for row in Journal(tmp_path / name / "logs" / "metrics.jsonl").rows() if "answer" in row]
+        for name in ("out", "reference")
+    ]
+    assert told[0] == told[1] and 2 in [step for step, _ in told[0]], "the answer that was broken off is told in the next life"
 
 
 class Signals(JSON):

@@ -322,6 +322,15 @@ def test_the_missing_file_of_a_folder_is_named(offline, published, files, messag
         find_checkpoint("folder")
 
 
+def test_the_folder_of_a_run_names_the_checkpoint_in_it(offline, published):
+    shutil.copytree(published, "run/final")
+    with pytest.raises(MissingFile, match="^run lacks config.json .*[.] Name run/final[.]$"):
+        find_checkpoint("run")
+    Path("run/final/config.json").unlink()
+    with pytest.raises(MissingFile, match="Add what is missing"):
+        find_checkpoint("run")
+
+
 def test_a_missing_shard_is_named(offline, published):
     shutil.copytree(published, "folder")
     Path("folder/model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}')
