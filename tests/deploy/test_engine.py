@@ -199,8 +199,10 @@ def test_stopping_ends_what_runs(make_engine):
 
 
 def test_a_call_that_nobody_waits_for_any_more_does_not_keep_others_from_hearing_of_the_end(make_engine):
-    engine, gate = make_engine(), threading.Event()
-    held, given_up, waiting = engine.call(gate.wait), engine.call(int), engine.call(int)
+    engine, begun, gate = make_engine(), threading.Event(), threading.Event()
+    held = engine.call(lambda: begun.set() or gate.wait())
+    assert begun.wait(10)
+    given_up, waiting = engine.call(int), engine.call(int)
     assert given_up.cancel()
     stopping = threading.Thread(target=engine.stop)
     stopping.start()
