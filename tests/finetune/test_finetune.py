@@ -407,13 +407,14 @@ def test_overwriting_never_deletes_what_the_run_reads(run, base: Path, samples: 
     reading = [
         dict(checkpoint_dir=out_dir / "final"),
         dict(checkpoint_dir=tmp_path / "link"),
-        dict(checkpoint_dir=tmp_path / "beside" / "step-000001"),
-        dict(checkpoint_dir=out_dir / "step-000001"),
         dict(data=JSON(json_path=out_dir / "step-000002" / "samples.json", val_split_fraction=0.1)),
     ]
     for options in reading:
-        with pytest.raises(UserError, match="`overwrite` would delete .*, but this run reads|holds the updates of a model, .* Merge them"):
+        with pytest.raises(UserError, match="`overwrite` would delete .*, but this run reads"):
             run(overwrite=True, **options)
+    for step in (tmp_path / "beside" / "step-000001", out_dir / "step-000001"):
+        with pytest.raises(UserError, match="holds the updates of a model, not a model. Merge them first: litgpt merge_lora"):
+            run(overwrite=True, checkpoint_dir=step)
     assert sorted(path for path in out_dir.rglob("*")) == before
     run(train=dict(max_steps=1, save_interval=None), overwrite=True)
     assert sorted(path.name for path in out_dir.iterdir()) == ["final", "logs", "report.html"]
