@@ -1,12 +1,13 @@
-"""Finetuning SmolLM2-135M here and with transformers and PEFT, in turn in one process: LoRA, all parameters, real lengths of instructions.
+"""Finetuning SmolLM2-135M here and with transformers, PEFT and TRL, in turn in one process: LoRA, all parameters, instructions.
 
     python benchmarks/finetune.py [--threads 2 1] [--rounds 7] [--only LoRA] > benchmarks/results/finetune-CPU.md
 
 Both sides see the same tokens and targets, with the same optimizer (torch's fused AdamW) and number type. Times are medians of rounds that
-alternate; peak memory is that of a fresh process for each side. Needs the model that `make quickstart` downloads, transformers and peft.
+alternate; peak memory is that of a fresh process for each side. Needs the model that `make quickstart` downloads, and the three.
 """
 
 import random
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -133,6 +134,51 @@ def real_theirs(dtype: torch.dtype) -> Run:
     return stepper(model, dtype, True, lambda: [lambda batch=batch: loss(*batch) for batch in batches])
 
 
+# The same with TRL: its trainer's batches and its own step on each
+
+
+def trl_stepper(dtype: torch.dtype, samples: list[dict[str, Tensor]]) -> Run:
+    """Return what takes one step of TRL's trainer for supervised finetuning on the samples, padded within each microbatch."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {"input_ids": sample["input_ids"].tolist(), "completion_mask": (sample["labels"] != IGNORED).int().tolist()} for sample in samples
+    ]
+    settings = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        bf16=False,  # the weights have the type already, as on our side
+        gradient_checkpointing=False,  # its default is slower and takes less memory: here nobody computes anything twice
+        completion_only_loss=True,
+        max_length=None,
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=len(rows) // MICRO,
+        max_grad_norm=0.0,
+        report_to="none",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    trainer = SFTTrainer(others(dtype, lora=True), settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    model = trainer.model.train()
+    optimizer = make_optimizer(OptimizerArgs(lr=1e-4, betas=(0.9, 0.999)), model)
+    batches = [trainer.data_collator([trainer.train_dataset[j] for j in range(i, i + MICRO)]) for i in range(0, len(rows), MICRO)]
+    n_targets = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
+    trainer.current_gradient_accumulation_steps = len(batches)
+
+    def run() -> None:
+        for batch in batches:
+            trainer.training_step(model, dict(batch), num_items_in_batch=n_targets)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def fixed_trl(dtype: torch.dtype) -> Run:
+    return trl_stepper(dtype, [{"input_ids": row, "labels": row} for row in ids(BATCH, LENGTH)])
+
+
 def tasks() -> Tasks:
     """Every row of the table; its tokens are the real ones."""
     dtype = hardware.compute_dtype()
@@ -149,8 +195,14 @@ def tasks() -> Tasks:
         ),
         f"LoRA, step of {N_SAMPLES} instructions, {kind}": (lambda: real_ours(dtype), lambda: real_theirs(dtype), real),
         f"LoRA, step of {N_SAMPLES} instructions, {kind}, compiled": (lambda: real_ours(dtype, True), lambda: real_theirs(dtype), real),
+        f"LoRA, {fixed}, {kind}, TRL": (lambda: fixed_ours(dtype, True), lambda: fixed_trl(dtype), BATCH * LENGTH),
+        f"LoRA, step of {N_SAMPLES} instructions, {kind}, TRL": (
+            lambda: real_ours(dtype),
+            lambda: trl_stepper(dtype, instructions()),
+            real,
+        ),
     }
 
 
 if __name__ == "__main__":
-    measure(__file__, __doc__, "Finetuning SmolLM2-135M against transformers and PEFT", tasks)
+    measure(__file__, __doc__, "Finetuning SmolLM2-135M against transformers, PEFT and TRL", tasks)

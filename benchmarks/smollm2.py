@@ -146,7 +146,7 @@ def measure(script: str, manual: str, title: str, tasks: Callable[[], Tasks]) ->
         torch.set_num_threads(args.threads[0])
         profile(tasks()[args.profile][0]())
         return
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl"))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     print(f"# {title}\n\nCPU: {hardware.device_name()} ({hardware.instruction_sets()}).")
     print(f"{versions}; commit {commit}.")
