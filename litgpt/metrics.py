@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -274,9 +275,14 @@ def _as_line(values: Mapping[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
+UNRECORDED = 2  # steps at the beginning of a run, which do what no later one does
+
+
 @contextmanager
 def profiled(n_steps: int | None, path: Path) -> Iterator[Callable[[], None]]:
     """Give what to call after each step: it records `n_steps` of them, from the third on, and writes them for https://ui.perfetto.dev.
+
+    Warns if there were not so many that one could be recorded, and writes nothing then.
 
     Args:
         n_steps: A positive number; None records nothing.
@@ -287,13 +293,17 @@ def profiled(n_steps: int | None, path: Path) -> Iterator[Callable[[], None]]:
         return
 
     def write(trace: profile) -> None:
+        if trace.step_num <= UNRECORDED:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(path))
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    plan = schedule(wait=1, warmup=1, active=n_steps, repeat=1)  # a shorter run's end writes what there is
+    plan = schedule(wait=UNRECORDED - 1, warmup=1, active=n_steps, repeat=1)  # a shorter run's end writes what there is
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as recorder:
         yield recorder.step
+    if recorder.step_num <= UNRECORDED:
+        warnings.warn(f"No step was profiled, for the run had no more than {UNRECORDED}: the first ones are left out.", stacklevel=3)
 
 
 # What is shown

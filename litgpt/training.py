@@ -30,9 +30,7 @@ from litgpt.model import GPT
 from litgpt.optim import FirstNonFinite, clip_gradients, set_learning_rate
 from litgpt.run_state import loss_scaler
 
-ROW_MULTIPLE = (
-    64  # for a bf16 product of another shape a CPU's library writes a program, some milliseconds and 0.9 MB, of which it keeps 1,024
-)
+ROW_MULTIPLE = 64  # for a bf16 product of a new shape a CPU's library writes a program: milliseconds and 0.9 MB, of which it keeps 1,024
 
 
 def data_share(fabric: Fabric) -> tuple[int, int]:

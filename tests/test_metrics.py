@@ -330,7 +330,13 @@ def test_a_trace_holds_so_many_steps_from_the_third_on(tmp_path):
     trace = lambda *sizes: steps_recorded(tmp_path / "logs" / f"trace{next(numbers)}.json", *sizes)  # noqa: E731
     assert trace(2, 6) == [3, 4]
     assert trace(5, 4) == [3, 4], "a shorter run's end is no reason to lose it"
-    assert trace(2, 1) == []
+
+
+@pytest.mark.parametrize("n_done", [0, 1, 2])
+def test_a_run_too_short_for_a_trace_says_so_and_writes_none(tmp_path, n_done):
+    with pytest.warns(UserWarning, match="No step was profiled"):
+        assert steps_recorded(tmp_path / "trace.json", 5, n_done) == []
+    assert not os.listdir(tmp_path)
 
 
 def test_without_a_profile_nothing_is_recorded(tmp_path):

@@ -226,11 +226,12 @@ def measure(method: Trained, config: Config, precision: str, batches: Batches, s
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Measured(
             n_parameters=n_own + _numbers(model) - n_before,
-            n_trained=sum(parameter.numel() for parameter in trained),
+            n_trained=_n_trained(model),
             n_quantizable=n_quantizable,
             weights=_nbytes(model.parameters()) + _nbytes(model.buffers()),
             stored=n_own * stored.itemsize,
-            merged=stored.itemsize * sum(n_weights(layer) for layer in model.modules() if isinstance(layer, LoRALinear | LoRAExperts)),
+            merged=stored.itemsize
+            * sum(n_weights(layer) - _n_trained(layer) for layer in model.modules() if isinstance(layer, LoRALinear | LoRAExperts)),
             buffers=_nbytes(model.buffers()),
             block=max(blocks),
             outside=_nbytes(model.parameters()) - sum(blocks),
@@ -247,6 +248,10 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _n_trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _quantizable(model: GPT) -> list[tuple[str, nn.Module]]:

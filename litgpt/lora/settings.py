@@ -57,7 +57,7 @@ class LoRA:
         if self.alpha <= 0:
             raise UserError(f"`lora_alpha` scales the update and is a number above 0, but got {self.alpha}. Use twice the rank, say.")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"`lora_dropout` is a probability below 1, but got {self.dropout}. Use 0 to drop nothing.")
+            raise UserError(f"`lora_dropout` is a probability, at least 0 and below 1, but got {self.dropout}. Use 0 to drop nothing.")
         if self.plus_ratio is not None and self.plus_ratio <= 0:
             raise UserError(f"`lora_plus_ratio` multiplies a learning rate and is above 0, but got {self.plus_ratio}. Use 16, say.")
         if self.targets is not None:

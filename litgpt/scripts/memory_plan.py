@@ -388,6 +388,8 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def _made(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # where experts' rows end
+            return 0
         if func is not torch.ops.aten._grouped_mm.default:  # which knows the shape of its result only in bf16
             return func(*args, **kwargs)
         a, b, ends = args[0], args[1], args[2] if len(args) > 2 else kwargs["offs"]
@@ -421,8 +423,6 @@ class _AsComputed(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self._is_fused(*args[:3]):
             return _FusedAttention.apply(*args[:3], args[3] if len(args) > 3 else kwargs.get("attn_mask"))
-        if func is Tensor.item:  # where experts' rows end
-            return 0
         if func is Tensor.split and isinstance(args[1], list) and not any(args[1]):  # by that, for quantized experts
             return [args[0], *(args[0][:0] for _ in args[1][1:])]
         if func is Tensor.nonzero:  # which tokens have a target: all

@@ -29,7 +29,7 @@ from litgpt.finetune.lora import with_lora
 from litgpt.finetune.plan import make_plan, measure, optimizer_bytes, recomputed_blocks, text
 from litgpt.hardware import GB
 from litgpt.launch import PRECISIONS, cast_parameters
-from litgpt.lora import LoRA
+from litgpt.lora import LoRA, add_lora, merge_lora_weights
 from litgpt.model import GPT
 from litgpt.optim import make_optimizer
 from litgpt.quantize import quantize_model
@@ -153,6 +153,22 @@ def test_weights_take_what_those_of_the_real_model_do(model_type, quantize, prec
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert found.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     assert found.n_trained == trained and found.n_parameters == n_own + trained
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize("settings", [{}, {"targets": "all-linear"}, {"targets": "all-linear", "head": True}], ids=str)
+def test_the_weights_that_merging_makes_anew_are_counted(model_type, settings):
+    config, lora = tiny_config(model_type), LoRA(r=2, dropout=0.0, **settings)
+    model = GPT(config)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    add_lora(model, lora)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            nn.init.ones_(parameter)
+    merge_lora_weights(model)
+    changed = [weight for name, weight in model.state_dict().items() if name in before and not torch.equal(weight, before[name])]
+    found = measure(with_lora(lora), config, "32-true", batches_of(Samples(), TRAIN, 0), torch.float16)
+    assert found.merged == 2 * sum(weight.numel() for weight in changed) > 0
 
 
 @pytest.mark.parametrize("args", [OptimizerArgs(state=state) for state in ("full", "bf16", "8bit")] + [OptimizerArgs(name="SGD")], ids=str)
