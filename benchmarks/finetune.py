@@ -34,6 +34,7 @@ IGNORED = -100
 
 def ours(dtype: torch.dtype, lora: bool, compiled: bool = False) -> nn.Module:
     """Return our model, ready to be trained as `finetune_lora` or `finetune_full` does."""
+    hardware.keep_freed_memory()
     model = load_model(MODEL)
     if lora:
         add_lora(model, LoRA(r=8, alpha=16, dropout=0.0))

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from litgpt.args import LogArgs
 from litgpt.config import Config
 from litgpt.errors import UserError, did_you_mean, optional
-from litgpt.hardware import compute_dtype, find_device, parse_devices, training_fits
+from litgpt.hardware import compute_dtype, find_device, keep_freed_memory, parse_devices, training_fits
 from litgpt.model import GPT
 
 # Dtypes
@@ -160,7 +160,8 @@ def launch_fabric(
     if PRECISIONS[precision].fabric == "16-mixed" and strategy == "fsdp":
         raise UserError(f"`precision` {precision} does not run with FSDP. Use {precision.replace('16', 'bf16')}.")
     _check_started(n_local, num_nodes)
-    on_cpu = device.type == "cpu"
+    if on_cpu := device.type == "cpu":
+        keep_freed_memory()
     with _quiet(), _own_threads(n_local):
         fabric = Fabric(
             accelerator=device.type,

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a target that does not count
 CHUNK = 256  # how many tokens have logits at the same time
-CPU_CHUNK = 64  # a CPU's caches hold what so few take, but a head that is trained is read anew for each chunk
+CPU_CHUNK = 64  # on a CPU, whose caches hold what so few take,
+TRAINED_CHUNK = 512  # unless the head is trained: then each chunk has a gradient as large as the head, to be added to the others
 
 Head = Callable[[Tensor], Tensor]
 Finish = Callable[[Tensor], Tensor]
@@ -99,7 +100,7 @@ def _beside(hidden: Tensor, values: Tensor) -> Tensor:
 
 
 def _chunk(hidden: Tensor, trained: bool) -> int:
-    return CPU_CHUNK if hidden.device.type == "cpu" and not trained else CHUNK
+    return TRAINED_CHUNK if trained else CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
@@ -121,22 +122,24 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, head: Head, finish: Finish, hidden: Tensor, targets: Tensor, chunk: int, *trained: Tensor) -> Tensor:
-        gradients = [torch.empty_like(hidden), *map(torch.zeros_like, trained)]
+        gradients = [torch.empty_like(part) for part in (hidden, *trained)]
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for start in range(0, len(hidden), chunk):
+        for start in range(0, max(1, len(hidden)), chunk):  # once without rows, for the gradients to be zeros
             at = slice(start, start + chunk)
             some, following = hidden[at].detach().requires_grad_(), targets[at]
             with torch.enable_grad():
                 logits = finish(head(some))
-            log_p = logits.detach().to(total.dtype).log_softmax(-1)
-            total += F.nll_loss(log_p, following, reduction="sum")
-            p = log_p.exp_()
-            p[torch.arange(len(p), device=p.device), following] -= 1  # the gradient at the logits
-            of_rows, *of_trained = torch.autograd.grad(logits, [some, *trained], p.to(logits.dtype))
+            p = logits.detach().to(total.dtype).log_softmax(-1)
+            total += F.nll_loss(p, following, reduction="sum")
+            p.exp_()[torch.arange(len(p), device=p.device), following] -= 1  # the gradient at the logits
+            p = p.to(logits.dtype)
+            of_rows, *of_trained = torch.autograd.grad(logits, [some, *trained], p)
             gradients[0][at] = of_rows
-            for gradient, more in zip(gradients[1:], of_trained, strict=True):
-                gradient += more
-            del some, logits, log_p, p, of_rows, of_trained
+            for gradient in gradients[1:]:
+                more = of_trained.pop(0)  # whose place is needed for the next one's
+                gradient.copy_(more) if start == 0 else gradient.add_(more)
+                del more
+            del some, logits, p, of_rows
         ctx.save_for_backward(*gradients)
         return total
 

@@ -1,5 +1,7 @@
 """What the machine is said to have."""
 
+import ctypes
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -124,6 +126,29 @@ def test_the_peak_of_this_processor_is_what_it_does():
 def test_the_peak_of_memory_grows_with_what_is_held():
     (grown,) = workers.run_ranks("memory_of", n_bytes=400_000_000)
     assert 0.39 < grown < 0.45
+
+
+FAULTS = """
+import resource, torch
+from litgpt import hardware
+
+def new_pages(prepare=lambda: None):
+    prepare()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**18) for _ in range(128)]  # 128 MiB
+    del tensors
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
+
+new_pages()
+print(new_pages(), new_pages(hardware.keep_freed_memory), new_pages(), new_pages(hardware.give_back_memory))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc can be told to keep memory")
+def test_freed_memory_is_kept_until_it_is_given_back():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    by_default, _, kept, given_back = map(float, done.stdout.split())
+    assert by_default > 100 and kept < 10 and given_back > 100
 
 
 def test_training_fits_if_weights_gradients_and_averages_do(monkeypatch):

@@ -162,7 +162,7 @@ def test_the_weights_that_merging_makes_anew_are_counted(model_type, settings):
     model = GPT(config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     add_lora(model, lora)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.ones_(parameter)
     merge_lora_weights(model)
