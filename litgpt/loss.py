@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a target that does not count
 CHUNK = 256  # how many tokens have logits at the same time
-CPU_CHUNK = 64  # on a CPU, whose caches hold what so few take,
+CPU_CHUNK = 128  # on a CPU, whose caches hold what so few take,
 TRAINED_CHUNK = 512  # unless the head is trained: then each chunk has a gradient as large as the head, to be added to the others
 
 Head = Callable[[Tensor], Tensor]
