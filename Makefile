@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
-	$(PIP) --no-deps trl  # for its chat templates alone
+	$(PIP) --no-deps trl  # for its chat templates, and to be measured against
 	touch $@
 
 install: $(VENV)/.installed

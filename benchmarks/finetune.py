@@ -148,7 +148,7 @@ def trl_stepper(dtype: torch.dtype, samples: list[dict[str, Tensor]]) -> Run:
         {"input_ids": sample["input_ids"].tolist(), "completion_mask": (sample["labels"] != IGNORED).int().tolist()} for sample in samples
     ]
     settings = SFTConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=tempfile.gettempdir(),  # nothing is written
         use_cpu=True,
         bf16=False,  # the weights have the type already, as on our side
         gradient_checkpointing=False,  # its default is slower and takes less memory: here nobody computes anything twice
