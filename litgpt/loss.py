@@ -12,6 +12,7 @@ IGNORED = -100  # a target that does not count
 CHUNK = 256  # how many tokens have logits at the same time
 CPU_CHUNK = 128  # on a CPU, whose caches hold what so few take,
 TRAINED_CHUNK = 512  # unless the head is trained: then each chunk has a gradient as large as the head, to be added to the others
+ROW_MULTIPLE = 64  # for a bf16 product of a new shape a CPU's library writes a program: milliseconds and 0.9 MB, of which it keeps 1,024
 
 Head = Callable[[Tensor], Tensor]
 Finish = Callable[[Tensor], Tensor]
@@ -43,8 +44,8 @@ def total_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = N
     nothing_counts = counted is not None and not len(counted)
     if trained is None or not in_graph or nothing_counts or torch.float16 in (hidden.dtype, _autocast_dtype(hidden)):
         return token_nll(head, hidden, targets, chunk, finish).sum()
-    rows, following = _chosen(hidden, targets, counted)
-    return _Total.apply(head, finish, rows, following, chunk or _chunk(hidden, trained), *trained)
+    rows, following, n = _chosen(hidden, targets, counted)
+    return _Total.apply(head, finish, rows, following, n, chunk or _chunk(hidden, trained), *trained)
 
 
 def token_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = None, finish: Finish = as_is) -> Tensor:
@@ -65,7 +66,7 @@ def token_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = N
     counted = _counted(targets)
     if counted is not None and not len(counted):
         counted = counted.new_zeros(1)
-    rows, following = _chosen(hidden, targets, counted)
+    rows, following, n = _chosen(hidden, targets, counted)
     trained = not isinstance(head, nn.Module) or any(parameter.requires_grad for parameter in head.parameters())
     size = chunk or _chunk(hidden, trained)
     pairs = list(zip(rows.split(size), following.split(size), strict=True))
@@ -74,7 +75,7 @@ def token_nll(head: Head, hidden: Tensor, targets: Tensor, chunk: int | None = N
         parts = [checkpoint(_nll, head, finish, h, t, use_reentrant=False) for h, t in early] + [_nll(head, finish, *last)]
     else:
         parts = [_nll(head, finish, h, t) for h, t in pairs]
-    nll = torch.cat(parts)
+    nll = torch.cat(parts)[:n]
     return (nll if counted is None else nll.new_zeros(targets.numel()).index_copy(0, _beside(hidden, counted), nll)).view_as(targets)
 
 
@@ -84,12 +85,17 @@ def _counted(targets: Tensor) -> Tensor | None:
     return None if len(counted) == targets.numel() else counted
 
 
-def _chosen(hidden: Tensor, targets: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the hidden states whose targets count, (n, C), and those targets, (n,)."""
+def _chosen(hidden: Tensor, targets: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Return the hidden states whose targets count, (n, C), those targets, (n,), and n.
+
+    In bf16 on a CPU more of them may follow, that do not count, to make a multiple of ROW_MULTIPLE.
+    """
     rows, following = hidden.flatten(0, 1), targets.flatten().long()
     if counted is None:
-        return rows, _beside(hidden, following)
-    return rows.index_select(0, _beside(hidden, counted)), _beside(hidden, following[counted])
+        return rows, _beside(hidden, following), len(rows)
+    n, is_rounded = len(counted), hidden.device.type == "cpu" and torch.bfloat16 in (hidden.dtype, _autocast_dtype(hidden))
+    more = (0, -n % ROW_MULTIPLE if is_rounded else 0)
+    return rows.index_select(0, _beside(hidden, F.pad(counted, more))), _beside(hidden, F.pad(following[counted], more)), n
 
 
 def _beside(hidden: Tensor, values: Tensor) -> Tensor:
@@ -121,7 +127,7 @@ class _Total(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, head: Head, finish: Finish, hidden: Tensor, targets: Tensor, chunk: int, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, head: Head, finish: Finish, hidden: Tensor, targets: Tensor, n: int, chunk: int, *trained: Tensor) -> Tensor:
         gradients = [torch.empty_like(part) for part in (hidden, *trained)]
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for start in range(0, max(1, len(hidden)), chunk):  # once without rows, for the gradients to be zeros
@@ -129,9 +135,10 @@ class _Total(torch.autograd.Function):
             some, following = hidden[at].detach().requires_grad_(), targets[at]
             with torch.enable_grad():
                 logits = finish(head(some))
-            p = logits.detach().to(total.dtype).log_softmax(-1)
-            total += F.nll_loss(p, following, reduction="sum")
+            p, counting = logits.detach().to(total.dtype).log_softmax(-1), slice(max(0, n - start))
+            total += F.nll_loss(p[counting], following[counting], reduction="sum")
             p.exp_()[torch.arange(len(p), device=p.device), following] -= 1  # the gradient at the logits
+            p[counting.stop :] = 0
             p = p.to(logits.dtype)
             of_rows, *of_trained = torch.autograd.grad(logits, [some, *trained], p)
             gradients[0][at] = of_rows
@@ -146,4 +153,4 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_rows, *of_trained = (gradient.mul_(grad) for gradient in ctx.saved_tensors)  # in place: a second pass is refused
-        return None, None, of_rows, None, None, *of_trained
+        return None, None, of_rows, None, None, None, *of_trained

@@ -25,12 +25,10 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.attention import Segments
 from litgpt.data.packing import Microbatch, Sample, end_to_end, evened, microbatches_of, pack, padded, rounded_up, without_padding
 from litgpt.errors import UserError
-from litgpt.loss import IGNORED, Loss
+from litgpt.loss import IGNORED, ROW_MULTIPLE, Loss
 from litgpt.model import GPT
 from litgpt.optim import FirstNonFinite, clip_gradients, set_learning_rate
 from litgpt.run_state import loss_scaler
-
-ROW_MULTIPLE = 64  # for a bf16 product of a new shape a CPU's library writes a program: milliseconds and 0.9 MB, of which it keeps 1,024
 
 
 def data_share(fabric: Fabric) -> tuple[int, int]:

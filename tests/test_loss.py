@@ -91,6 +91,28 @@ def test_what_is_ignored_never_reaches_the_head(loss, trained, with_gradients):
 
 @pytest.mark.parametrize("loss", [token_nll, total_nll])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_a_head_in_bf16_on_a_cpu_gets_multiples_of_64_rows_and_the_ones_added_count_nothing(loss, trained):
+    head, hidden, targets = setup(torch.bfloat16)
+    head.requires_grad_(trained)
+    seen = []
+    head.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    exact = nn.Linear(8, 31, dtype=torch.float64)
+    exact.load_state_dict(head.state_dict())
+    precise = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact(precise).flatten(0, 1), targets.flatten(), reduction="sum")
+    expected.backward()
+    nll = loss(head, hidden, targets, chunk=128).sum()
+    nll.backward()
+    assert seen[:1] == [64] and set(seen) == {64}
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), precise.grad, rtol=0, atol=2e-2)
+    assert hidden.grad[targets == -100].abs().max() == 0
+    if trained:
+        torch.testing.assert_close(head.weight.grad.double(), exact.weight.grad, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("loss", [token_nll, total_nll])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
 def test_all_ranks_run_the_same_passes_when_one_has_no_target(loss, trained):
     head, hidden, targets = setup()
     head.requires_grad_(trained)

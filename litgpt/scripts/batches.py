@@ -7,7 +7,8 @@ from itertools import islice
 
 from litgpt.args import TrainArgs
 from litgpt.data.packing import PackedSamples, Sample, n_inputs, pack
-from litgpt.training import ROW_MULTIPLE, longest_sample, steps, steps_per_epoch
+from litgpt.loss import ROW_MULTIPLE
+from litgpt.training import longest_sample, steps, steps_per_epoch
 
 MOST_STEPS = 5000  # so many of an epoch are looked at
 
