@@ -3,8 +3,7 @@
     python benchmarks/memory_plan.py [--only NAME] > benchmarks/results/memory-plan.md
 
 Models are random. What is measured is the most memory the process had in RAM (VmHWM of /proc/self/status), up to the end of the last step,
-and up to the end of the program, which also writes the result. The C library is told to give back what is freed: gaps between
-tensors, which it may or may not fill, would be measured else.
+and up to the end of the program, which also writes the result.
 """
 
 import argparse
@@ -31,9 +30,11 @@ SHAPE = dict(norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", parallel_resi
 MODELS = {
     "deep": dict(n_layer=12, n_embd=512, n_head=8, n_query_groups=4, intermediate_size=1408, padded_vocab_size=4096),
     "wide": dict(n_layer=4, n_embd=1024, n_head=16, n_query_groups=4, intermediate_size=2816, padded_vocab_size=16384),
+    "SmolLM2-135M": dict(n_layer=30, n_embd=576, n_head=9, n_query_groups=3, intermediate_size=1536, padded_vocab_size=49152),
 }
-GIVEN_BACK = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+ONE_THREAD = dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 PADDED = {"train.packing": "false"}
+LONG = {"train.max_steps": "25", "train.global_batch_size": "16", "train.max_seq_length": "512"}  # rows of many lengths
 CHECKPOINTED = {"train.activation_checkpointing": "full"}
 
 
@@ -59,6 +60,8 @@ CASES = {
     "qlora nf4, bf16-true, packed": Case("lora", "wide", "bf16-true", {"quantize": "bnb.nf4"}),
     "adapter, fp32, packed": Case("adapter", "deep", "32-true"),
     "adapter v2, bf16-true, padded": Case("adapter_v2", "deep", "bf16-true", PADDED),
+    "lora, bf16-true, packed, 25 steps": Case("lora", "SmolLM2-135M", "bf16-true", LONG),
+    "full, bf16-mixed, packed, 25 steps": Case("full", "SmolLM2-135M", "bf16-mixed", LONG),
 }
 CHILD = """
 import re, sys
@@ -125,7 +128,7 @@ def measure(case: Case, folder: Path) -> dict[str, list[int]]:
         make_model(model, case.model)
     make_data(data := folder / "data.json")
     words = [*words_of(case, model, data, folder / "out"), "--overwrite", "true"]
-    done = subprocess.run([sys.executable, "-c", CHILD, *words], env=os.environ | GIVEN_BACK, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", CHILD, *words], env=os.environ | ONE_THREAD, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     said = [line.split() for line in done.stdout.splitlines()]

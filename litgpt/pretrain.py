@@ -116,7 +116,7 @@ def setup(
     limits = Limits.of(train, len(samples), length)
     optimizer = replace(optimizer, lr=peak_learning_rate(origin) if optimizer.lr is None else optimizer.lr)
     check_schedule(train, optimizer.lr)
-    hyperparameters = to_plain(given | {"train": train, "optimizer": optimizer})
+    hyperparameters = to_plain(given | {"train": train, "optimizer": optimizer, "precision": precision})
 
     model = origin.model(seed)
     if origin.folder is not None:

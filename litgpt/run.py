@@ -110,6 +110,7 @@ class Run:
         self.judged = Judged()
         self.val_loss: tuple[int, float] | None = None  # the last step that `judged` knows, and its loss
         self.validated: int | None = None  # the last step after which all samples were
+        self.answered: int | None = None  # the last step after which an example answer was told
         self.saved: tuple[int, dict[str, Any]] | None = None  # the last step that was, and what was known of its validations
         self.links = True  # whether the disk can hold them
 
@@ -142,6 +143,11 @@ class Run:
             self._check_same(resumed, counters, before, hyperparameters)
             load_run_state(self.fabric, resumed, self.model, self.optimizer)
             self._count_on(resumed, counters)
+            if self.step > (self.limits.max_steps or math.inf):
+                raise UserError(
+                    f"{resumed} is past the end of the run, which its limits set after step {self.limits.max_steps:,}. "
+                    "Raise the limit, or name an earlier step with `--resume`."
+                )
             self._point_links()
             self.progress.say(f"Going on after step {self.step}, from {resumed}.")
             if changed := changed_options(before or hyperparameters, hyperparameters, "optimizer", "train"):
@@ -358,6 +364,7 @@ class Run:
         """Show and log what the model, as it is now, answered to a prompt."""
         self.progress.say(f"{prompt}\n>>> {answer}")
         self.logs.tell(self.step, {"prompt": prompt, "answer": answer})
+        self.answered = self.step
 
     def report(self, settings: Mapping[str, Any], facts: Mapping[str, str], final: Path, log: LogArgs) -> None:
         """Write `report.html`, and send the result where the logger sends the run, if the options say so."""

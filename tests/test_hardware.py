@@ -25,11 +25,11 @@ def fresh():
 
 
 @pytest.mark.parametrize(
-    ("claims", "faster", "expected"), [(True, True, torch.bfloat16), (True, False, torch.float32), (False, True, torch.float32)]
+    ("claims", "native", "expected"), [(True, True, torch.bfloat16), (True, False, torch.float32), (False, True, torch.float32)]
 )
-def test_a_cpu_computes_in_bf16_only_if_it_says_so_and_proves_it(fresh, monkeypatch, claims, faster, expected):
+def test_a_cpu_computes_in_bf16_only_if_it_says_so_and_proves_it(fresh, monkeypatch, claims, native, expected):
     monkeypatch.setattr(hardware, "_cpu_claims_bf16", lambda: claims)
-    monkeypatch.setattr(hardware, "_bf16_is_faster", lambda: faster)
+    monkeypatch.setattr(hardware, "_bf16_is_native", lambda: native)
     assert hardware.compute_dtype("cpu") == expected
 
 

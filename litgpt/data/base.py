@@ -131,6 +131,8 @@ class SFTModule(DataModule):
             if n == 0:
                 raise UserError(f"{type(self).__name__} has no samples to train on. Look at the files that its options name.")
             raise UserError(f"All {n} samples are dropped at `max_seq_length` {length}, so there is nothing to train on. Raise it.")
+        if len(self.val_dataset.data) and not len(self.val_dataset):
+            log.warning("No validation sample is left, so this run validates nothing.")
 
     def _style(self) -> PromptStyle:
         folder = self.tokenizer.checkpoint_dir
@@ -166,7 +168,8 @@ class Samples(Dataset):
     """Base of what finetuning samples are read from.
 
     Attributes:
-        cut: Which mappings of the data were longer than `max_seq_length` and are cut, once for each sample that was.
+        cut: Which mappings of the data were longer than `max_seq_length` and are cut, once for each sample
+            that was, if something is left to train on.
         dropped: Which of them are missing, by the reason.
     """
 
@@ -303,6 +306,7 @@ class SFTDataset(Samples):
                     self.n_targets.append(n_targets)
                 elif ids:
                     self.dropped[NO_TARGET].append(index)
+                    self.cut = self.cut[:-1] if self.cut[-1:] == [index] else self.cut
         self._ids = torch.frombuffer(all_ids, dtype=torch.int32) if all_ids else torch.empty(0, dtype=torch.int32)
         self._trained = torch.frombuffer(all_trained, dtype=torch.bool) if all_trained else torch.empty(0, dtype=torch.bool)
         self.highest_id = max(all_ids, default=-1)

@@ -196,7 +196,8 @@ def read_csv(path: Path) -> Read:
                     raise UserError(f"{path} names a column twice in its first line: {', '.join(header)}. Rename one.")
                 continue
             if len(row) != len(header):
-                raise UserError(f"{path}, {place}: it has {len(row)} values for {len(header)} columns. Put texts with commas in quotes.")
+                way = "Put texts with commas in quotes." if len(row) > len(header) else "Add commas, one for each value that is missing."
+                raise UserError(f"{path}, {place}: of its {len(header)} columns it has {len(row)}. {way}")
             records.append(dict(zip(header, row)))
             places.append(place)
     except csv.Error as error:

@@ -139,7 +139,7 @@ def finetune(
     resumed = None if dry_run else step_to_resume(out_dir, resume, overwrite)
     precision = training_precision(precision or saved_precision(resumed), any_frozen=method.freezes)
     folder = find_base(checkpoint_dir, access_token, needs_weights=not dry_run)
-    hyperparameters |= method.options | {"checkpoint_dir": str(folder)}
+    hyperparameters |= method.options | {"checkpoint_dir": str(folder), "precision": precision}
     config, data = Config.from_checkpoint(folder), data or Alpaca()
     fits = fits_each_device(config, method.freezes, precision, devices, num_nodes, bytes_per_weight(method.quantize))
     if dry_run:
@@ -373,6 +373,8 @@ def example_index(samples: Sequence[Sample], eval: EvalArgs, step: int) -> int:
 
 def say_answer(run: Run, tokenizer: Tokenizer, samples: Sequence[Sample], eval: EvalArgs) -> None:
     """Show and log what the model, as it is now, answers to a sample's instruction. All ranks must call this."""
+    if run.answered == run.step:  # at once when it was resumed
+        return
     run.judged.unanswered = bool(run.step)  # until it is told
     model, i = run.model.module, example_index(samples, eval, run.step)
     messages, _ = samples.example(i)

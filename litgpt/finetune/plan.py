@@ -26,8 +26,8 @@ from litgpt.scripts.memory_plan import Pass, blocks_to_recompute, cast, in_words
 from litgpt.training import Limits
 
 PROGRAM = 0.5 * GB  # what Python, torch and its libraries take, where nothing says it
-LATER = 0.06 * GB  # and what they load with the first step
-KERNEL = 0.95e6  # what oneDNN keeps on a CPU for each different product in 16 bits,
+LATER = 0.21 * GB  # what they load with the first step (0.06), and what the C library keeps of memory that was freed
+KERNEL = 1.7e6  # what oneDNN keeps on a CPU for each different product in 16 bits, and the gap beside it where tensors come and go,
 MOST_KERNELS = 1024  # and for how many of them: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
 NOTEWORTHY = 0.02  # savings below this share of all memory are not listed
 
@@ -277,7 +277,11 @@ def memory_of(
         n_recomputed = n_layer if wanted == "full" else 0
     else:
         n_recomputed = blocks_to_recompute(found.passes, wanted * GB, accumulates)
-    peak = found.passes.peak(n_recomputed, accumulates)
+    peak = found.passes.peak(n_recomputed, accumulates=False)
+    if accumulates:  # the gradients are there in later microbatches, which are smaller
+        later = found.passes.peak(n_recomputed)
+        share = batches.later / batches.largest
+        peak = max(peak, replace(later, activations=round(later.activations * share)), key=lambda peak: peak.total)
     whole, whole_gradients = _gathered(found) if n_slices > 1 else (0, 0)
     state = optimizer_bytes(optimizer, found.trained)
     memory = Memory(
@@ -400,6 +404,7 @@ def text(plan: Plan) -> str:
 
 
 def _steps(limits: Limits, warmup: int, n_tokens: float) -> str:
+    rising = f"the learning rate rises in the first {warmup:,}" if warmup else "without a warm-up"
     if limits.max_steps is None:
-        return f"as many as time allows, the learning rate rises in the first {warmup:,}"
-    return f"{limits.max_steps:,}, the learning rate rises in the first {warmup:,}; {limits.max_steps * n_tokens:,.0f} tokens in all"
+        return f"as many as time allows, {rising}"
+    return f"{limits.max_steps:,}, {rising}; {limits.max_steps * n_tokens:,.0f} tokens in all"

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from litgpt import names
-from litgpt.errors import UserError
+from litgpt.errors import UserError, did_you_mean
 from litgpt.files import AGAIN
 from litgpt.prompts.sandbox import TooMuch, render
-from litgpt.prompts.style import TEMPLATE_NEEDED, Message, Piece, PromptStyle, as_messages, user_text
+from litgpt.prompts.style import ROLES, TEMPLATE_NEEDED, Message, Piece, PromptStyle, as_messages, user_text
 from litgpt.tokenizer import Tokenizer, named_tokens, read_json
 
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}  # what a template is asked to write
 CALLED, GIVEN, RETURNED = "function_to_find", "argument_to_find", "outcome to find"
+KNOWN_ROLES = (*ROLES, "tool")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts, the usual one first
 
 
@@ -148,8 +149,12 @@ class ChatTemplate(PromptStyle):
             UserError: The template would leave out a part of them.
         """
         for index, message in enumerate(messages):
-            if not self._writes_role(message["role"]):
-                raise UserError(f"Message {index} is from {message['role']!r}, which the chat template leaves out. {TEMPLATE_NEEDED}")
+            role = message["role"]
+            if role not in KNOWN_ROLES and role not in self.template:  # many templates write any word there
+                known = ", ".join(KNOWN_ROLES)
+                raise UserError(f"Message {index} has the role {role!r}, but there are {known}.{did_you_mean(role, KNOWN_ROLES)}")
+            if not self._writes_role(role):
+                raise UserError(f"Message {index} is from {role!r}, which the chat template leaves out. {TEMPLATE_NEEDED}")
         messages = [_in_parts(message) for message in messages] if self._reads_parts() else messages
         if not any(message.get("tool_calls") for message in messages):
             return messages

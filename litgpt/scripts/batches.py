@@ -26,6 +26,8 @@ class Batches:
     """How many tokens each of its rows has."""
     lengths: list[int] | None
     """Of the texts in its row, if they are laid end to end."""
+    later: int
+    """How many tokens the fullest of those has, with padding, that come after another one in their step; 0 if none does."""
     n_sizes: int
     """How many different numbers of tokens they have for products in bf16 on a CPU."""
     most: int
@@ -64,7 +66,7 @@ def batches_of_texts(texts: list[list[int]], longest: int | None, train: TrainAr
     """Return the same for samples of which `texts_of` and `training.longest_sample` are known."""
     packing = bool(train.packing)
     n_steps = min(MOST_STEPS, train.max_steps or MOST_STEPS, steps_per_epoch(len(texts), train.global_batch_size))
-    counts, sizes, n_tokens, n_slots, fullest = [], set(), 0, 0, [[1]]
+    counts, sizes, n_tokens, n_slots, fullest, later = [], set(), 0, 0, [[1]], 0
     for drawn in islice(steps(len(texts), train.global_batch_size, seed), n_steps):
         for rank in range(min(n_devices, len(drawn.indices))):
             mine = [texts[i] for i in drawn.indices[rank::n_devices]]
@@ -73,8 +75,9 @@ def batches_of_texts(texts: list[list[int]], longest: int | None, train: TrainAr
             n_tokens, n_slots = n_tokens + sum(map(sum, mine)), n_slots + sum(map(slots, microbatches))
             sizes.update(math.ceil(slots(rows) / ROW_MULTIPLE) if packing else slots(rows) for rows in microbatches)
             fullest = max(fullest, *microbatches, key=slots)
+            later = max(later, *map(slots, microbatches[1:]), 0)
     means = sum(counts) / len(counts), n_tokens / n_steps, n_slots / n_steps
-    return Batches(len(fullest), max(map(sum, fullest)), fullest[0] if packing else None, len(sizes), max(counts), *means)
+    return Batches(len(fullest), max(map(sum, fullest)), fullest[0] if packing else None, later, len(sizes), max(counts), *means)
 
 
 def texts_of(samples: Sequence[Sample]) -> list[list[int]]:

@@ -380,7 +380,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         made = self._made(func, args, kwargs or {})
         if func.name() in PRODUCTS and made.dtype.itemsize == 2:
-            self.products.add((func, *(tensor.shape for tensor in args[:3] if isinstance(tensor, Tensor))))
+            self.products.add((func, *((tensor.shape, tensor.stride()) for tensor in args[:3] if isinstance(tensor, Tensor))))
         given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:

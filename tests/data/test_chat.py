@@ -206,9 +206,21 @@ def test_what_a_template_would_leave_out_is_refused(tokenizer):
         (PLAIN, calls, [], "does not write calls of functions"),
         (silent, [QUESTION, answer, ANSWER], [], "Message 1 is from 'tool', which the chat template leaves out"),
         (silent, [system("S"), QUESTION, ANSWER], [], "Message 0 is from 'system', which the chat template leaves out"),
+        (
+            PLAIN,
+            [QUESTION, {"role": "asistant", "content": "x"}, ANSWER],
+            [],
+            "Message 1 has the role 'asistant', but .*Did you mean",
+        ),
     ):
         with pytest.raises(UserError, match=f"Sample 0, .*{message}"):
             SFTDataset([{"messages": messages, "tools": tools}], tokenizer, ChatTemplate(template))
+
+
+def test_a_role_that_only_the_template_knows_is_written(tokenizer):
+    template = "{% if false %}critic{% endif %}" + PLAIN
+    messages = [QUESTION, {"role": "critic", "content": "x"}, ANSWER]
+    assert "[critic]" in tokenizer.decode(SFTDataset([{"messages": messages}], tokenizer, ChatTemplate(template))[0]["input_ids"])
 
 
 @pytest.mark.parametrize(

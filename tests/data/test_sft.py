@@ -10,8 +10,8 @@ import torch
 from templates import PUBLISHED, tokenizer_with
 
 from litgpt.config import Config
-from litgpt.data import DataModule, SFTDataset, get_sft_collate_fn
-from litgpt.data.base import SFTModule, highest_id, split
+from litgpt.data import JSON, DataModule, SFTDataset, get_sft_collate_fn
+from litgpt.data.base import NO_TARGET, SFTModule, highest_id, split
 from litgpt.data.records import Record, messages_of
 from litgpt.errors import UserError
 from litgpt.prompts import ChatTemplate, PromptStyle, encode_prompt, find_prompt_style, prompt_styles
@@ -193,7 +193,7 @@ def test_long_samples_are_cut_and_those_without_an_answer_dropped(tokenizer, cap
     whole = SFTDataset(records, tokenizer, "default")
     assert whole.n_cut == whole.n_dropped == 0 and not caplog.records
     dataset = SFTDataset(records, tokenizer, "default", max_seq_length=40)
-    assert len(dataset) == 2 and dataset.n_dropped == 1 and dataset.n_cut == 2
+    assert len(dataset) == 2 and dataset.dropped[NO_TARGET] == [2] and dataset.cut == [1], "each is told of once"
     assert torch.equal(dataset[1]["input_ids"], whole[1]["input_ids"][:40])
     assert torch.equal(dataset[1]["labels"], whole[1]["labels"][:40])
     assert len(caplog.records) == 2 and "1 of 3 samples had nothing left" in caplog.text
@@ -523,3 +523,13 @@ def test_the_highest_id_counts_added_tokens_and_gaps(tokenizer: Tokenizer, monke
     text = tokenizer.text
     monkeypatch.setattr(tokenizer, "text", lambda i: "<far>" if i in (258, 900, 1800) else text(i))
     assert highest_id(tokenizer) == 1800
+
+
+def test_validation_samples_of_which_none_is_left_are_told_of(tokenizer, tmp_path, caplog):
+    (tmp_path / "train.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
+    (tmp_path / "val.json").write_text(json.dumps([{"instruction": "x" * 200, "output": "y"}]))
+    data = JSON(tmp_path, prompt_style="default")
+    data.connect(tokenizer=tokenizer, batch_size=1, max_seq_length=20)
+    data.prepare_data()
+    data.setup()
+    assert "No validation sample is left, so this run validates nothing." in caplog.text

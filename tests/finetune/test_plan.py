@@ -261,7 +261,7 @@ def test_the_plan_names_everything_and_says_whether_it_fits():
     for word in ("LoRA", "parameters", "steps", "weights", "gradients", "optimizer", "activations", "logits", "program", "it fits"):
         assert word in said
     assert f"{found.n_trained:,} are trained" in said and f"{37} samples" not in said and "samples      37, " in said
-    assert "5, the learning rate rises in the first 0" in said
+    assert "5, without a warm-up" in said
     assert "does not fit" in text(replace(found, available=1000))
     assert "2 blocks computed again" in text(replace(found, n_recomputed=2))
     assert "as time allows" in text(replace(found, limits=Limits(None, None, None, 60.0)))

@@ -29,7 +29,7 @@ import litgpt.finetune
 import litgpt.run
 from litgpt import names
 from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs
-from litgpt.checkpoint import load_model
+from litgpt.checkpoint import load_model, read_hyperparameters
 from litgpt.data import JSON
 from litgpt.errors import UserError
 from litgpt.finetune import full, loop, lora
@@ -397,8 +397,10 @@ def test_a_validation_that_is_done_over_saves_no_weights_again(run, monkeypatch:
     assert not known["owed"] and known["best"] == [2, known["lowest"]] and link(tmp_path / "out", "best") == 2
 
 
-def test_a_signal_while_an_example_is_written_waits_for_a_few_tokens_only(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    settings = dict(eval=dict(interval=2, max_new_tokens=20))
+@pytest.mark.parametrize("interval", [2, 1000], ids=["within the run", "at its end"])
+def test_a_signal_while_an_example_is_written_waits_for_a_few_tokens_only(run, monkeypatch, tmp_path: Path, interval: int):
+    settings = dict(train=dict(max_steps=3), eval=dict(interval=interval, max_new_tokens=20, final_validation=True))
+    stopped_at = min(interval, 3)
     reference = run("reference", **settings)
     asked, complete = AtItem(2, lambda: os.kill(os.getpid(), signal.SIGINT)), loop.complete
 
@@ -409,13 +411,14 @@ def test_a_signal_while_an_example_is_written_waits_for_a_few_tokens_only(run, m
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(loop, "complete", long_answer)
         run(**settings)
-    assert stopped.value.code == 128 + signal.SIGINT and asked.seen <= 2 + VOTE_EVERY and saved_steps(tmp_path / "out") == [2]
+    assert stopped.value.code == 128 + signal.SIGINT and asked.seen <= 2 + VOTE_EVERY
+    assert saved_steps(tmp_path / "out") == [stopped_at]
     assert_same_result(run(**settings, resume=True), reference)
     told = [
         [(row["step"], row["answer"]) for row in Journal(tmp_path / name / "logs" / "metrics.jsonl").rows() if "answer" in row]
         for name in ("out", "reference")
     ]
-    assert told[0] == told[1] and 2 in [step for step, _ in told[0]], "the answer that was broken off is told in the next life"
+    assert told[0] == told[1] and stopped_at in [step for step, _ in told[0]], "the answer that was broken off is told in the next life"
 
 
 class Signals(JSON):
@@ -510,6 +513,16 @@ def test_without_a_precision_a_resumed_run_keeps_its_own(run, monkeypatch: pytes
     monkeypatch.setitem(loop.training_precision.__globals__, "compute_dtype", lambda accelerator: torch.bfloat16)
     resumed = run(train=dict(max_steps=4, save_interval=2), resume=True, precision=None)
     assert saved_counters(resumed / "last")["step"] == 4 and saved_counters(resumed / "last")["precision"] == "32-true"
+    assert read_hyperparameters(resumed / "final")["precision"] == "32-true", "a recipe repeats its run on another machine too"
+
+
+def test_a_limit_that_the_resumed_step_is_past_is_refused_and_costs_nothing(run):
+    out = run(train=dict(max_steps=3, save_interval=3))
+    before = {path: path.read_bytes() for path in (out / "final").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="past the end of the run, which its limits set after step 2. Raise the limit"):
+        run(train=dict(max_steps=2), resume=True)
+    assert before == {path: path.read_bytes() for path in (out / "final").rglob("*") if path.is_file()}
+    run(train=dict(max_steps=3), resume=True)
 
 
 # What it leaves
