@@ -1,5 +1,6 @@
 """What a finetuning run will take, before it begins: its steps, its memory, and which flags would save some of that."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +27,11 @@ from litgpt.scripts.memory_plan import Pass, blocks_to_recompute, cast, in_words
 from litgpt.training import Limits
 
 PROGRAM = 0.5 * GB  # what Python, torch and its libraries take, where nothing says it
-LATER = 0.21 * GB  # what they load with the first step (0.06), and what the C library keeps of memory that was freed
-KERNEL = 1.7e6  # what oneDNN keeps on a CPU for each different product in 16 bits, and the gap beside it where tensors come and go,
+LATER = 0.06 * GB  # and what they load with the first step
+KERNEL = 0.95e6  # what oneDNN keeps on a CPU for each different product in 16 bits,
 MOST_KERNELS = 1024  # and for how many of them: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
+KEPT = 0.15 * GB  # what the C library keeps of freed memory in a run on a CPU, and between the tensors of products in 16 bits,
+GAPS, GAPS_STEPS = 0.6, 8  # up to this share of activations and logits, which it nears in so many steps: benchmarks/results/memory-plan.md
 NOTEWORTHY = 0.02  # savings below this share of all memory are not listed
 
 
@@ -70,11 +73,13 @@ class Memory:
     """What the head and the loss hold; nothing if the passes are fullest at another moment."""
     program: int
     """What Python, torch, its libraries and the samples take."""
+    gaps: int = 0
+    """What the C library keeps of what was freed, since what comes next fits there badly."""
 
     @property
     def total(self) -> int:
         """All of it together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.program
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.program + self.gaps
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,9 @@ def make_plan(
     if on_cpu:
         program += int(KERNEL * min(MOST_KERNELS, found.passes.n_products * batches.n_sizes))
     memory, n_recomputed = memory_of(found, train, optimizer, batches, config.n_layer, n_devices if is_sharded else 1, program)
+    if on_cpu:
+        share = GAPS * -math.expm1(-(limits.max_steps or math.inf) / GAPS_STEPS) if found.passes.n_products else 0
+        memory = replace(memory, gaps=int(KEPT + share * (memory.activations + memory.logits)))
     copying = (
         program + max(found.stored, memory.weights + memory.optimizer + (found.stored + found.merged if method.freezes else 0))
         if on_cpu
@@ -385,17 +393,20 @@ def text(plan: Plan) -> str:
         + (f" on each of {plan.n_devices} devices" if plan.n_devices > 1 else ""),
         "steps": _steps(limits, plan.warmup, batches.n_tokens),
         "weights": in_words(memory.weights),
-        "gradients": in_words(memory.gradients),
+        "gradients": in_words(memory.gradients) if memory.gradients else "none yet at the fullest moment",
         "optimizer": in_words(memory.optimizer),
         "activations": in_words(memory.activations)
         + (f", {counted(plan.n_recomputed, 'block')} computed again in the backward pass" if plan.n_recomputed else ""),
         "logits": in_words(memory.logits),
         "program": f"{in_words(memory.program)} for Python, torch and the samples",
+        "gaps": f"{in_words(memory.gaps)} that are free, but not given back",
         "all memory": in_words(memory.total),
     }
     if plan.copying > memory.total:
         rows["copying"] = f"{in_words(plan.copying)} at most while the model is read and the result written"
     verdict = "it fits" if plan.fits else "it does not fit"
+    if not memory.gaps:
+        del rows["gaps"]
     lines = [f"Plan: {plan.model} with {plan.method} in {plan.precision}.", *(f"  {name:12} {value}" for name, value in rows.items())]
     lines.append(f"  {'device':12} {plan.device} with {in_words(plan.available)} for each process: {verdict}.")
     if plan.savings:

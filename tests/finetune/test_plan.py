@@ -227,6 +227,7 @@ def test_a_dry_run_downloads_no_weights_and_the_run_the_rest(tmp_path, monkeypat
 
 def test_flags_save_what_is_said_and_the_best_one_is_first(monkeypatch):
     monkeypatch.setattr("litgpt.finetune.plan.program_bytes", lambda: 0)
+    monkeypatch.setattr("litgpt.finetune.plan.KEPT", 0)
     found = plan_of(train=replace(TRAIN, packing=False))
     saved = dict(found.savings)
     assert list(saved.values()) == sorted(saved.values(), reverse=True) and min(saved.values()) > 0
@@ -243,6 +244,7 @@ def test_flags_save_what_is_said_and_the_best_one_is_first(monkeypatch):
 
 def test_what_is_used_already_is_not_recommended(monkeypatch):
     monkeypatch.setattr("litgpt.finetune.plan.program_bytes", lambda: 0)
+    monkeypatch.setattr("litgpt.finetune.plan.KEPT", 0)
     assert "--quantize bnb.nf4" in dict(plan_of(LORA).savings)
     train = replace(TRAIN, micro_batch_size=1, activation_checkpointing="full")
     flags = dict(plan_of(replace(LORA, quantize="bnb.nf4"), train, "bf16-true").savings)
