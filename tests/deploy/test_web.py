@@ -403,6 +403,7 @@ FOCUSED = """() => {
   const showsFocus = style.outlineStyle !== 'none' || style.boxShadow.includes('0px 0px 0px 1px');
   return [now.id || now.dataset.action || now.className || now.tagName, showsFocus, now.checkVisibility({ opacityProperty: true })];
 }"""
+SETTLED = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 COMPOSED = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true})"
 
 
@@ -413,6 +414,7 @@ def test_everything_is_reached_by_tab_in_reading_order_and_shows_the_focus(reade
     reached = ["skip"]
     for _ in range(40):
         reader.page.keyboard.press("Tab")
+        reader.page.evaluate(SETTLED)  # what the focus scrolls to decides whether there is a button that leads to the end
         name, shows_focus, is_seen = reader.page.evaluate(FOCUSED)
         if name == "BODY":
             break
@@ -453,6 +455,11 @@ def test_the_page_scrolls_with_the_answer_until_the_reader_scrolls(reader, serve
     assert reader.page.evaluate("scroller.scrollTop") < 100
     reader.page.click("#to-end")
     assert reader.page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") <= 1
+    reader.page.mouse.wheel(0, -5000)
+    reader.page.focus("#to-end:not([hidden])")
+    reader.page.evaluate("scroller.scrollTop = scroller.scrollHeight")
+    reader.page.wait_for_selector("#to-end", state="hidden")
+    assert reader.page.evaluate("document.activeElement.id") == "prompt", "the focus does not get lost with the button"
 
 
 def states(reader: Reader, server) -> Iterator[str]:

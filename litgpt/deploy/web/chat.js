@@ -302,7 +302,13 @@ function keepDraft() {
 
 function keepInSight() {
   if (follows) scroller.scrollTop = scroller.scrollHeight;
-  $("to-end").hidden = follows;
+  offerEnd();
+}
+
+function offerEnd() {
+  const button = $("to-end");
+  if (follows && button === document.activeElement) prompt.focus(); // a hidden element would lose the focus to none
+  button.hidden = follows;
 }
 
 function act(event) {
@@ -359,7 +365,7 @@ scroller.addEventListener("scroll", () => {
   const isUpwards = scroller.scrollTop < lastTop;
   lastTop = scroller.scrollTop;
   follows = scroller.scrollHeight - lastTop - scroller.clientHeight < (isUpwards ? 2 : 60);
-  $("to-end").hidden = follows;
+  offerEnd();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open], [popover]:popover-open")) return;
