@@ -187,7 +187,7 @@ def _cpu_claims_bf16() -> bool:
 
 
 def _bf16_is_native(rows: int = 64, width: int = 1024) -> bool:
-    """Time a product in both types; emulated, one of bf16 takes at least four times as long. What else runs here must not decide."""
+    """Time a product in both types; emulated, one of bf16 takes nearly four times as long or more. What else runs here must not decide."""
     factors = {
         dtype: (torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
     }

@@ -143,9 +143,9 @@ class Run:
             self._check_same(resumed, counters, before, hyperparameters)
             load_run_state(self.fabric, resumed, self.model, self.optimizer)
             self._count_on(resumed, counters)
-            if self.step > (self.limits.max_steps or math.inf):
+            if self.limits.last is not None and self.step > self.limits.last:  # what `max_tokens` makes of it is a guess
                 raise UserError(
-                    f"{resumed} is past the end of the run, which its limits set after step {self.limits.max_steps:,}. "
+                    f"{resumed} is past the end of the run, which its limits set after step {self.limits.last:,}. "
                     "Raise the limit, or name an earlier step with `--resume`."
                 )
             self._point_links()

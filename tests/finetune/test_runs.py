@@ -523,6 +523,7 @@ def test_a_limit_that_the_resumed_step_is_past_is_refused_and_costs_nothing(run)
         run(train=dict(max_steps=2), resume=True)
     assert before == {path: path.read_bytes() for path in (out / "final").rglob("*") if path.is_file()}
     run(train=dict(max_steps=3), resume=True)
+    run(train=dict(max_steps=None, max_tokens=1), resume=True)  # which says of no step for certain that it is the last
 
 
 # What it leaves
