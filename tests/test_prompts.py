@@ -724,7 +724,7 @@ def test_characters_that_are_no_text_are_refused(tmp_path):
 
 
 def test_a_template_that_loops_is_given_its_time_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer = Tokenizer(write(tmp_path, "byte_level", chat_template=endless))
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -735,7 +735,7 @@ def test_a_template_that_loops_is_given_its_time_once(tmp_path, monkeypatch):
         lambda: save_stop_tokens(style, tokenizer, tmp_path),
     ):
         began = time.monotonic()
-        with pytest.raises(UserError, match="longer than 0.5 seconds"):
+        with pytest.raises(UserError, match="longer than 1 seconds"):
             attempt()
         assert time.monotonic() - began < 2 * sandbox.MAX_SECONDS
 

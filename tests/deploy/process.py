@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Server:
         words = [str(model), "--port", "0", "--precision", "32-true", *map(str, flags)]
         self.process = fork(_serve, words, folder)
         self.pid = self.process.pid
+        self.children: set[psutil.Process] = set()
         self.headers: dict[str, str] = {}
 
     @property
@@ -85,15 +86,20 @@ class Server:
         return psutil.Process(self.pid)
 
     def signal(self, number: int) -> None:
+        self._look_for_children()
         os.kill(self.pid, number)
 
     def exit_code(self, seconds: float = 30) -> int:
         """Wait for the end, after which nothing of it is left."""
-        children = self.state.children(recursive=True) if self.process.is_alive() else []
+        self._look_for_children()
         self.process.join(seconds)
         assert self.process.exitcode is not None, "it did not end"
-        assert not psutil.wait_procs(children, timeout=1)[1]
+        assert not psutil.wait_procs(self.children, timeout=1)[1]
         return self.process.exitcode
+
+    def _look_for_children(self) -> None:
+        with suppress(psutil.NoSuchProcess):  # it can end at any moment
+            self.children.update(self.state.children(recursive=True))
 
     # Requests
 

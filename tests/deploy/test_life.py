@@ -112,7 +112,7 @@ def test_a_second_signal_ends_it_at_once(model, tmp_path):
             pass
         start = time.monotonic()
         server.signal(TERM)
-        assert server.exit_code() == 128 + TERM and time.monotonic() - start < 2
+        assert server.exit_code() == 128 + TERM and time.monotonic() - start < 5
 
 
 def test_a_signal_before_it_is_ready_ends_it(model, tmp_path):
