@@ -85,6 +85,12 @@ def _lock(file: IO[str], out_dir: Path) -> None:
             raise UserError(f"Another run is writing into {out_dir}. Wait for it, or choose another `--out_dir`.") from None
 
 
+def _refuse_held(out_dir: Path) -> None:
+    """Raise a UserError if a run is writing into its folder just now."""
+    with suppress(OSError), open(out_dir / "logs" / ".lock", "a") as lock:
+        _lock(lock, out_dir)
+
+
 def no_folder(folder: Path, why: str) -> UserError:
     """Return what to raise where a run's folder cannot be made."""
     return UserError(f"`out_dir` is a folder to write into, but {folder} cannot be one: {why}. Choose another.")
@@ -115,12 +121,14 @@ def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: b
         folder = folder.resolve() if folder.is_symlink() else folder  # `last` and `best` will name other steps
         found = folder if (folder / names.RUN_STATE / names.STATE).is_file() else latest_step(folder)
         if found is None:
-            raise MissingFile(f"`resume` names {folder}, which is no step of a run and holds none, such as {names.STEP.format(100)}.")
+            why = "is no step of a run and holds none" if folder.exists() else "is not there"
+            raise MissingFile(f"`resume` names {folder}, which {why}. Give a step, such as {out_dir / names.STEP.format(100)}, or true.")
         if found.resolve().parent == out_dir.resolve():
             return found
     else:
         found = None
     if (results := results_in(out_dir)) and not overwrite:
+        _refuse_held(out_dir)
         ways = "Go on from its last step with `--resume true`, start over with `--overwrite true`, or choose another `--out_dir`."
         raise UserError(f"{out_dir} already holds a run ({results[-1].name}). {ways}")
     return found

@@ -302,7 +302,9 @@ class _HuggingFace:
         try:
             encoding = self.processor.encode(string, add_special_tokens=False)
         except TypeError:  # raised for surrogates, which stand for bytes that are no UTF-8
-            raise UserError(f"{string[:40]!r} holds characters that are no text. Write it in UTF-8.") from None
+            at = next(i for i, character in enumerate(string) if "\ud800" <= character <= "\udfff")
+            around = string[max(0, at - 20) : at + 20]
+            raise UserError(f"{around!r} holds {string[at]!r}, half of a character, which is no text. Write it in UTF-8.") from None
         except Exception as error:  # the package raises this very class
             if type(error) is not Exception:
                 raise

@@ -69,9 +69,9 @@ def complaints(path: Path, text: str) -> list[str]:
     own = part(path)
     if own not in {*RANK, "__init__"}:
         return [f"the table of layers does not know {own!r}"]
-    found = []
+    found, top = [], [*tree.body, *(inner for node in tree.body if isinstance(node, ast.Try) for inner in node.body)]
     for name, node in our_imports(path, tree):
-        if node not in tree.body:
+        if node not in top:
             found.append(f"line {node.lineno} hides an import of {name!r}: ours stand at the top of the file")
         if name not in RANK:
             found.append(f"line {node.lineno} imports {name!r}, which the table of layers does not know")

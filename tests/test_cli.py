@@ -1,5 +1,6 @@
 """What the command line accepts, and what it says to what it does not."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,13 +8,14 @@ import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import yaml
 
-from litgpt import cli, recipes
+from litgpt import __main__, cli, recipes
 from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs, optimizer_fields, to_plain
 from litgpt.data import JSON, Alpaca, DataModule
 from litgpt.errors import UserError
@@ -643,6 +645,19 @@ def test_other_ends_have_their_own_exit_codes(command, raised, code):
 
     command(ended)
     assert cli.main(["chat"]) == code
+
+
+def test_ctrl_c_while_the_command_line_is_read_is_no_error(monkeypatch):
+    class Interrupted(MetaPathFinder):
+        def find_spec(self, name: str, *_):
+            if name == "litgpt.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "litgpt.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.reload(__main__)
+    assert stopped.value.code == 130
 
 
 def test_help_and_printed_configurations_end_with_0(command, capsys):

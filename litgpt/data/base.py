@@ -208,6 +208,7 @@ class SFTDataset(Samples):
 
     Attributes:
         data: The mappings, as they were given.
+        empty: Which of them have an answer without a word.
         lengths: The number of tokens of each sample.
         n_targets: The number of tokens of each sample that are trained on.
         highest_id: The highest token id of all samples.
@@ -242,6 +243,7 @@ class SFTDataset(Samples):
         self.n_targets: list[int] = []
         self.cut: list[int] = []
         self.dropped: dict[str, list[int]] = {TOO_LONG: [], NO_TARGET: []}
+        self.empty: list[int] = []
         self.n_lost = 0
         self._encode()
         self._report()
@@ -285,6 +287,9 @@ class SFTDataset(Samples):
         """Return the ids of the samples that a record becomes, and which of them are trained on."""
         try:
             style, messages = self._read(index)
+            answers = [message for message in messages if message["role"] == "assistant"]
+            if any(map(_says_nothing, answers[-1:] if self.train_on == "last" else answers)):
+                self.empty.append(index)
             return encode_training(style, self.tokenizer, messages, train_on=self.train_on)
         except UserError as error:
             place = getattr(self.data[index], "place", "") or f"Sample {index}, {shown(self.data[index])}"
@@ -338,10 +343,16 @@ class SFTDataset(Samples):
             (self.cut, f"are longer than {self.max_seq_length} tokens and {what}; {lost}"),
             (left_out, f"are longer than {self.max_seq_length} tokens and are dropped; {lost}"),
             (self.dropped[NO_TARGET], "had nothing left to train on and are dropped"),
+            (sorted({*self.empty} - {*left_out, *self.dropped[NO_TARGET]}), "have an empty answer, which teaches to say nothing"),
         ):
             if indexes:
                 named = [self.place(index) for index in indexes[:NAMED]] + (["..."] if len(indexes) > NAMED else [])
                 log.warning("%d of %d samples %s: %s", len(indexes), total, why, ", ".join(named))
+
+
+def _says_nothing(message: Message) -> bool:
+    """Whether a message has nothing but its role: no text, no thought, no call."""
+    return not any(value.strip() if isinstance(value, str) else value for name, value in message.items() if name != "role")
 
 
 def split(data: Sequence, fraction: float, seed: int) -> tuple[list, list]:

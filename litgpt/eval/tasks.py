@@ -56,10 +56,21 @@ def find_tasks(names: list[str], include_path: Path | None) -> Any:
         if not found:
             near = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
             meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise UserError(f"There is no task {name!r}.{meant} `litgpt evaluate list` prints all.")
+            raise UserError(f"There is no task {name!r}.{meant} {_unread(include_path)}`litgpt evaluate list` prints all.")
         at = names.index(name)
         names[at : at + 1] = found
     return manager
+
+
+def _unread(folder: Path | None) -> str:
+    """Return a sentence on a file of a folder that lm-eval left out without a word, or nothing."""
+    for path in sorted(Path(folder).rglob("*")) if folder is not None else ():
+        if path.suffix in TASK_FILES and path.is_file():
+            try:
+                yaml.compose(read_text(path), yaml.SafeLoader)
+            except (yaml.YAMLError, RecursionError) as error:
+                return f"{path} is no YAML, so its tasks are unknown: {' '.join(str(error).split())}. Correct the file. "
+    return ""
 
 
 def _is_task_file(name: str) -> bool:

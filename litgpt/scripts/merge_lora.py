@@ -35,7 +35,9 @@ def merge_lora(
     folder = next((path for path in (checkpoint_dir, Path(names.CHECKPOINTS) / checkpoint_dir) if is_folder(path)), None)
     folder = folder.absolute() if folder is not None else None
     if folder is None:
-        raise MissingFile(f"There is no folder {str(checkpoint_dir)!r}, neither here nor in {names.CHECKPOINTS}/.")
+        raise MissingFile(
+            f"There is no folder {str(checkpoint_dir)!r}, neither here nor in {names.CHECKPOINTS}/. Give one that finetune_lora wrote."
+        )
     refuse_adapter(folder)
     if not has_lora(folder):
         if plain_files(folder) and was_trained_with_lora(folder):

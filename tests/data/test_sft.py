@@ -250,6 +250,17 @@ def test_samples_without_a_target_are_counted_and_named(tokenizer, caplog, monke
     assert said == f"5 of 7 samples had nothing left to train on and are dropped: {named}, ..."
 
 
+def test_empty_answers_are_named(tokenizer, caplog):
+    conversation = [*TWO_TURNS["messages"][:-1], {"role": "assistant", "content": " "}]
+    records = [dict(instruction="x", output=""), dict(instruction="x", output="y"), dict(messages=conversation)]
+    records += [dict(messages=[*conversation, *TWO_TURNS["messages"][-2:]])]
+    for train_on, named in (("assistant", "Sample 0, Sample 2, Sample 3"), ("last", "Sample 0, Sample 2")):
+        caplog.clear()
+        assert len(SFTDataset(records, tokenizer, "default", train_on=train_on)) == 4
+        [said] = [record.message for record in caplog.records]
+        assert said == f"{named.count('S')} of 4 samples have an empty answer, which teaches to say nothing: {named}"
+
+
 def test_a_conversation_may_be_cut_to_answers_and_to_none(tokenizer):
     n = len(SFTDataset([TWO_TURNS], tokenizer, "default", train_on="last")[0]["input_ids"])
     for max_seq_length, n_left in ((n, 1), (n - 5, 0)):

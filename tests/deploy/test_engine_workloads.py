@@ -28,7 +28,7 @@ MODELS = {  # what layers remember
     "latent": ("deepseek_v3", {}),
     "delta rule": ("qwen3_next", {}),
 }
-N_WORKLOADS = 20  # for each
+N_WORKLOADS = 10  # for each
 CHOICES = [None, *UPDATES]
 
 

@@ -1,10 +1,7 @@
 """Checkpoints and tasks that all tests of evaluation share."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch

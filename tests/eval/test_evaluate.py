@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -244,12 +245,21 @@ def test_data_that_is_not_there_is_named(tasks, tmp_path, measured):
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
-def test_data_of_the_hub_is_missed_in_one_sentence_without_a_network(tasks, tmp_path, measured):
+def test_data_of_the_hub_is_missed_in_one_sentence_without_a_network(tasks, tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the tries to reach it
     (tmp_path / "mine").mkdir()
     text = "task: far_away\ndataset_path: org/no-such-data\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: x\n"
     (tmp_path / "mine" / "far_away.yaml").write_text(text)
     with pytest.raises(UserError, match="The data of far_away could not be loaded"):
         measured("far_away", include_path=tmp_path / "mine")
+
+
+def test_a_file_of_the_folder_that_is_no_yaml_is_named_where_a_task_is_missed(measured, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.yaml").write_text("task: a\ndoc_to_text: !function utils.text\n")
+    (tmp_path / "mine" / "b.yml").write_text("task: [b\n")
+    with pytest.raises(UserError, match="There is no task 'b'.*mine/b.yml is no YAML, so its tasks are unknown: .*Correct the file."):
+        measured("b", include_path=tmp_path / "mine")
 
 
 @pytest.mark.parametrize("number", [1, 2])

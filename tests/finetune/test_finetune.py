@@ -33,6 +33,7 @@ from litgpt.data import JSON, TextFiles
 from litgpt.errors import MissingFile, UserError
 from litgpt.finetune import full, loop, lora
 from litgpt.metrics import Meter
+from litgpt.run_folder import held
 from litgpt.run_inputs import check_ids, fingerprint
 
 METHODS = {"lora": lora, "full": full}
@@ -638,6 +639,14 @@ def test_a_folder_that_another_run_writes_into_is_refused(run, tmp_path: Path):
         with pytest.raises(UserError, match="Another run is writing"):
             run(train=dict(max_steps=1))
     assert (run(train=dict(max_steps=1)) / "final").is_dir()
+
+
+def test_a_run_that_still_lives_is_not_to_be_deleted_or_gone_on_with(run):
+    out_dir = run(train=dict(max_steps=1))
+    with held(out_dir), pytest.raises(UserError, match="^Another run is writing into"):
+        run(train=dict(max_steps=1))
+    with pytest.raises(UserError, match="already holds a run"):
+        run(train=dict(max_steps=1))
 
 
 def test_weights_that_are_not_finite_are_not_written(run, tmp_path: Path):

@@ -274,7 +274,7 @@ WRONG = [
     ({"messages": [{"role": "user"}]}, "Message 0 needs a text as its `content`, but has None"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "Message 0 needs a text as its `content`"),
     ({"messages": [{"role": 1, "content": "a"}]}, "Message 0 needs a text as its `role`, but has 1"),
-    ('{"prompt": "\\ud800"}', "characters that are no text"),
+    ('{"prompt": "\\ud800"}', "half of a character, which is no text"),
 ]
 
 
