@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +27,7 @@ from litgpt.errors import UserError
 from litgpt.finetune.adapter import ADAPTER
 from litgpt.finetune.full import FULL
 from litgpt.finetune.lora import with_lora
-from litgpt.finetune.plan import make_plan, measure, optimizer_bytes, recomputed_blocks, text
+from litgpt.finetune.plan import GAPS, GAPS_STEPS, KEPT, make_plan, measure, memory_of, optimizer_bytes, recomputed_blocks, text
 from litgpt.hardware import GB
 from litgpt.launch import PRECISIONS, cast_parameters
 from litgpt.lora import LoRA, add_lora, merge_lora_weights
@@ -34,7 +35,7 @@ from litgpt.model import GPT
 from litgpt.optim import make_optimizer
 from litgpt.quantize import quantize_model
 from litgpt.scripts import memory_plan
-from litgpt.scripts.batches import batches_of
+from litgpt.scripts.batches import batches_of, batches_of_texts
 from litgpt.scripts.download import find_checkpoint
 from litgpt.scripts.memory_plan import LiveBytes, blocks_to_recompute, measured_pass, without_numbers
 from litgpt.training import Feed, Limits
@@ -71,6 +72,7 @@ def test_batches_are_those_of_the_training_script(packing, micro_batch_size, max
     found = batches_of(samples, train, seed=7)
     everything = [batch for microbatches in fed for batch in microbatches]
     assert found.largest == max(batch.ids.numel() for batch in everything)
+    assert found.later == max((batch.ids.numel() for microbatches in fed for batch in microbatches[1:]), default=0)
     assert found.rows == 1 if packing else found.rows <= micro_batch_size
     assert (found.lengths is None) == (not packing) and sum(found.lengths or [found.length]) == found.length
     assert found.most == max(map(len, fed)) and found.n_microbatches == pytest.approx(len(everything) / n_steps)
@@ -86,7 +88,7 @@ def test_devices_share_the_samples_of_a_step():
 # Memory
 
 
-def whole_pass(method, n_recomputed: int, accumulates: bool) -> int:
+def whole_pass(method, n_recomputed: int, accumulates: bool, shape: tuple[int, int] = (3, 64)) -> int:
     """The most bytes of a pass in which every block is computed, and some again."""
     with without_numbers():
         model = GPT(CONFIG).train()
@@ -95,7 +97,7 @@ def whole_pass(method, n_recomputed: int, accumulates: bool) -> int:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter) if accumulates else None
-        idx = torch.zeros(3, 64, dtype=torch.long)
+        idx = torch.zeros(shape, dtype=torch.long)
         with LiveBytes() as live:
             model(idx, targets=idx).nll.backward()
         return live.most + (sum(parameter.nbytes for parameter in trained) if accumulates else 0)
@@ -111,6 +113,29 @@ def test_blocks_that_are_computed_again_count_as_in_a_pass_that_does_so(method, 
         found = measured_pass(model, 3, 64)
     for n in (0, 2, CONFIG.n_layer):
         assert found.peak(n, accumulates).total == pytest.approx(whole_pass(method, n, accumulates), rel=0.06)
+
+
+@pytest.mark.parametrize("method", [FULL, LORA])
+@pytest.mark.parametrize("shorter", [8, 50])
+def test_a_step_is_fullest_in_its_longest_microbatch_or_in_a_later_one_beside_gradients(method, shorter):
+    texts, train = [[60], [shorter]], replace(TRAIN, global_batch_size=2, micro_batch_size=1, packing=False)
+    batches = batches_of_texts(texts, 61, train)
+    assert (batches.largest, batches.later) == (60, shorter)
+    found, _ = memory_of(measure(method, CONFIG, "32-true", batches), train, OptimizerArgs(), batches, CONFIG.n_layer)
+    first, second = whole_pass(method, 0, False, (1, 60)), whole_pass(method, 0, True, (1, shorter))
+    assert found.gradients + found.activations + found.logits == pytest.approx(max(first, second), rel=0.08)
+    assert (first > second) == (shorter == 8 or method is LORA)
+
+
+def test_gaps_grow_with_the_steps_where_products_in_16_bits_leave_some(monkeypatch):
+    monkeypatch.setattr("litgpt.finetune.plan.find_device", lambda: torch.device("cpu"))
+    gaps = {
+        precision: [plan_of(train=replace(TRAIN, epochs=None, max_steps=n), precision=precision).memory for n in (1, 20, 10_000)]
+        for precision in ("32-true", "bf16-true")
+    }
+    assert [memory.gaps for memory in gaps["32-true"]] == [int(KEPT)] * 3
+    shares = [(memory.gaps - KEPT) / (memory.activations + memory.logits) for memory in gaps["bf16-true"]]
+    assert shares == pytest.approx([GAPS * (1 - math.exp(-n / GAPS_STEPS)) for n in (1, 20, 10_000)], rel=1e-3)
 
 
 def test_as_few_blocks_are_computed_again_as_a_budget_needs():
