@@ -175,16 +175,29 @@ def launch_fabric(
     return fabric
 
 
-def _check_started(n_local: int, num_nodes: int) -> None:
-    """Refuse other numbers than those of the processes that torchrun or SLURM's srun started: some would train alone, or wait for ever."""
+def check_alone(option: str) -> None:
+    """Raise a UserError if torchrun or SLURM's srun started several processes for what one does."""
+    starter, n_started, _ = _started()
+    if n_started > 1:
+        raise UserError(f"`{option}` is for one process, but {starter} started {n_started}. Run the same command without {starter}.")
+
+
+def _started() -> tuple[str, int, int]:
+    """Return what started this process together with others, how many those are, and how many of them are here; or nothing, 0 and 0."""
     if dist.is_torchelastic_launched():
-        starter, n_started, n_here = "torchrun", int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    elif "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
+        return "torchrun", int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
         if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
             raise UserError("SLURM's `--ntasks` does not say how many processes each machine gets. Give it `--ntasks-per-node` instead.")
         n_started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # which only srun sets: a batch script itself is one process
-        starter, n_here = "SLURM", max(1, n_started // int(os.environ.get("SLURM_STEP_NUM_NODES", "1")))
-    else:
+        return "SLURM", n_started, max(1, n_started // int(os.environ.get("SLURM_STEP_NUM_NODES", "1")))
+    return "", 0, 0
+
+
+def _check_started(n_local: int, num_nodes: int) -> None:
+    """Refuse other numbers than those of the processes that torchrun or SLURM's srun started: some would train alone, or wait for ever."""
+    starter, n_started, n_here = _started()
+    if not n_started:
         return
     if (n_here, n_started) != (n_local, n_local * num_nodes):
         raise UserError(

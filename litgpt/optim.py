@@ -163,10 +163,11 @@ def warmup_steps(train: TrainArgs, max_steps: int | None) -> int:
         return math.ceil(train.lr_warmup_fraction * max_steps)
     if train.lr_warmup_steps is None:
         return 100 if max_steps is None else min(100, max_steps // 10)
-    if max_steps is not None and train.lr_warmup_steps >= max_steps > 1:
-        warnings.warn(
-            f"The learning rate rises in all {max_steps} steps, since `train.lr_warmup_steps` is {train.lr_warmup_steps}.", stacklevel=2
-        )
+    if max_steps is not None and train.lr_warmup_steps >= max_steps:
+        if max_steps > 1:
+            warnings.warn(
+                f"The learning rate rises in all {max_steps} steps, since `train.lr_warmup_steps` is {train.lr_warmup_steps}.", stacklevel=2
+            )
         return max_steps
     return train.lr_warmup_steps
 

@@ -26,7 +26,7 @@ from litgpt.optim import check_schedule, make_optimizer
 from litgpt.run import Run
 from litgpt.run_folder import check_room, run_folder, step_to_resume, write_options
 from litgpt.run_inputs import check_finite, check_ids, counted, described, digest, fingerprint, prepared, sample_length
-from litgpt.run_state import saved_precision
+from litgpt.run_state import saved_counters, saved_precision
 from litgpt.scripts.download import find_checkpoint
 from litgpt.tokenizer import Tokenizer
 from litgpt.training import Limits, Sample, check_limits, data_share, forward_backward, seed_generators
@@ -112,6 +112,8 @@ def setup(
     origin = with_vocabulary(origin, said=fabric.print if model_config is not None else None)
     samples, val_samples = read_samples(fabric, data, origin, train)
     length = len(samples[0]) - 1  # targets of one sample
+    if resumed is not None and train.global_batch_size is None:  # what was chosen then, for another limit would choose another
+        train = replace(train, global_batch_size=saved_counters(resumed).get("train.global_batch_size"))
     train = with_batch_size(train, len(samples), length, data_share(fabric)[1])
     limits = Limits.of(train, len(samples), length)
     optimizer = replace(optimizer, lr=peak_learning_rate(origin) if optimizer.lr is None else optimizer.lr)

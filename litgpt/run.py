@@ -32,7 +32,6 @@ from litgpt.run_state import (
     ANOTHER,
     latest_step,
     load_run_state,
-    loss_scaler,
     replace_counters,
     save_run_state,
     saved_counters,
@@ -219,7 +218,7 @@ class Run:
             loss: What this rank found of its loss.
         """
         step = self.step + 1
-        if loss is not None and loss_scaler(self.fabric) is None:
+        if loss is not None:
             self.non_finite.update_loss(loss, step)
         lr, max_norm = self.learning_rate(step), self.train.max_norm
         grad_norm = take_step(self.fabric, self.model, self.optimizer, step, lr, max_norm, self.non_finite)

@@ -113,7 +113,8 @@ def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: b
     if resume in (True, "auto", "true"):
         found = latest_step(out_dir)
         if found is None and resume != "auto":
-            raise MissingFile(f"`resume` is true, but {out_dir} holds no step to go on from. Use auto to begin where there is none.")
+            way = "Start over with `--overwrite true`." if results_in(out_dir) else "Use auto to begin where there is none."
+            raise MissingFile(f"`resume` is true, but {out_dir} holds no step to go on from. {way}")
         if found is not None:
             return found
     elif resume not in (False, None, "false"):
@@ -129,7 +130,8 @@ def step_to_resume(out_dir: Path, resume: bool | str | Path | None, overwrite: b
         found = None
     if (results := results_in(out_dir)) and not overwrite:
         _refuse_held(out_dir)
-        ways = "Go on from its last step with `--resume true`, start over with `--overwrite true`, or choose another `--out_dir`."
+        ways = "start over with `--overwrite true`, or choose another `--out_dir`."
+        ways = f"Go on from its last step with `--resume true`, {ways}" if latest_step(out_dir) is not None else ways.capitalize()
         raise UserError(f"{out_dir} already holds a run ({results[-1].name}). {ways}")
     return found
 

@@ -5,6 +5,7 @@ model's own names, the optimizer's state as `optimizer/NAME/KEY` and the random 
 tensor is in several files, each with a slice; the files' metadata say where it begins.
 """
 
+import inspect
 import json
 import os
 import random
@@ -339,8 +340,7 @@ def latest_step(out_dir: Path) -> Path | None:
     link = out_dir / names.LAST
     if link.is_symlink() and (named := out_dir / os.readlink(link)) in whole:
         later, went_back = whole[whole.index(named) + 1 :], link.lstat().st_mtime_ns
-        if all(_state_of(path).stat().st_mtime_ns < went_back for path in later):
-            return named
+        return next((path for path in reversed(later) if _state_of(path).stat().st_mtime_ns >= went_back), named)
     return whole[-1] if whole else None
 
 
@@ -367,8 +367,8 @@ def generator_states() -> dict[str, Tensor]:
     plain = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
     states = {name: torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8) for name, value in plain.items()}
     states["torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if (kind := _accelerator()) is not None:
+        states[kind] = torch.get_device_module(kind).get_rng_state()
     return states
 
 
@@ -379,13 +379,19 @@ def restore_generators(states: dict[str, Tensor]) -> None:
         random.setstate((version, tuple(keys), gauss))
         np.random.set_state(tuple(json.loads(bytes(states["numpy"].tolist()))))
         torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    if (kind := _accelerator()) in states:
+        torch.get_device_module(kind).set_rng_state(states[kind])
+
+
+def _accelerator() -> str | None:
+    """Return the kind of device beside the CPU that this machine has, which draws from a generator of its own: cuda, mps, xpu."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
 
 
 def _own_values(group: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """Return what an optimizer counts in a group, which is not among its settings."""
-    return {key: value for key, value in group.items() if key not in ("params", "lr_ratio") and key not in optimizer.defaults}
+    """Return what an optimizer counts in a group, which is not among its settings: those are the arguments of its class."""
+    settings = inspect.signature(type(getattr(optimizer, "optimizer", optimizer))).parameters  # out of Fabric's wrapper
+    return {key: value for key, value in group.items() if key != "lr_ratio" and key not in settings}
 
 
 def _machine(fabric: Fabric) -> dict[str, Any]:

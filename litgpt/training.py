@@ -169,6 +169,8 @@ class Feed:
                 began = perf_counter()
                 epoch, microbatches = following.result()
                 agreed = self.votes.read()
+                if self.votes.group is None and self.wants_to_stop():  # since the vote, which was begun before the last step
+                    agreed = agreed._replace(stop=True)
                 if agreed.stop or not agreed.n_microbatches:
                     self.stopped = agreed.stop
                     return

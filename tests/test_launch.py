@@ -178,6 +178,15 @@ def test_numbers_that_differ_from_what_was_started_are_refused_for_they_would_ha
         launch.launch_fabric(accelerator="cpu", **flags)
 
 
+@pytest.mark.parametrize("started", [TORCHRUN | dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2), SLURM | dict(SLURM_STEP_NUM_TASKS=2)], ids=str)
+def test_what_one_process_does_is_refused_where_several_were_started(monkeypatch, started):
+    launch.check_alone("dry_run")
+    for name, value in started.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="^`dry_run` is for one process, but (torchrun|SLURM) started 2. Run the same command without"):
+        launch.check_alone("dry_run")
+
+
 def test_one_process_runs_under_torchrun_and_in_a_batch_script(monkeypatch):
     for started in (TORCHRUN | dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1), SLURM):
         with monkeypatch.context() as patched:

@@ -189,6 +189,7 @@ def test_the_warm_up_is_a_number_a_fraction_or_a_tenth_of_at_most_1000_steps():
     assert [warmup_steps(TrainArgs(), n) for n in (5, 60, 1000, 10**6, None)] == [0, 6, 100, 100, 100]
     with pytest.warns(UserWarning, match="rises in all 5 steps"):
         assert warmup_steps(TrainArgs(lr_warmup_steps=100), 5) == 5
+    assert warmup_steps(TrainArgs(lr_warmup_steps=100), 1) == 1
     with pytest.raises(UserError, match="lr_warmup_steps"):
         warmup_steps(TrainArgs(lr_warmup_fraction=0.5), None)
 

@@ -22,6 +22,7 @@ from litgpt.checkpoint import load_model
 from litgpt.config import Config
 from litgpt.data import JSON, TextFiles
 from litgpt.errors import UserError
+from litgpt.files import read_yaml
 from litgpt.generate import run as speaking
 
 WORDS = "the llama eats grass and hay while a small dog sleeps under old trees near rivers".split()
@@ -210,6 +211,15 @@ def test_the_data_is_gone_through_again_until_the_limit(run):
     assert max(epochs.values()) > 1
     *earlier, last = tokens.values()
     assert last >= 30_000 and all(n < 30_000 for n in earlier)
+
+
+def test_a_batch_that_was_chosen_stays_when_the_run_goes_on_to_another_limit(run, monkeypatch):
+    monkeypatch.setattr(pretrain, "N_STEPS", 4)
+    open_ones = dict(global_batch_size=None, max_steps=2, save_interval=2)
+    out_dir = run(train=open_ones | dict(epochs=1))
+    chosen = read_yaml(out_dir / "step-000002" / "hyperparameters.yaml")["train"]["global_batch_size"]
+    run(train=open_ones | dict(epochs=4, max_steps=3), resume=True)
+    assert read_yaml(out_dir / "final" / "hyperparameters.yaml")["train"]["global_batch_size"] == chosen > 1
 
 
 @pytest.mark.parametrize(

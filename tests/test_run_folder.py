@@ -13,7 +13,7 @@ import pytest
 from litgpt import names, run_folder
 from litgpt.data import JSON, Mix
 from litgpt.errors import UserError
-from litgpt.run_folder import changed_options, check_room, delete_old_steps, held, is_link, remove_results, set_link
+from litgpt.run_folder import changed_options, check_room, delete_old_steps, held, is_link, remove_results, set_link, step_to_resume
 from litgpt.run_state import latest_step
 
 DATA = JSON("nowhere.json")
@@ -156,6 +156,24 @@ def test_the_last_step_is_that_with_the_highest_number_unless_the_run_went_back(
     make_step(out_dir, 10)  # killed before its link was set
     os.utime(out_dir / names.LAST, ns=(1, 1), follow_symlinks=False)
     assert latest_step(out_dir).name == names.STEP.format(10)
+
+
+def test_a_step_of_the_new_way_is_the_last_though_the_way_that_was_left_went_further(out_dir: Path):
+    set_link(out_dir / names.LAST, out_dir / names.STEP.format(1))
+    went_back = (out_dir / names.LAST).lstat().st_mtime_ns
+    for number, when in ((2, went_back + 1), (3, 1)):  # killed between the second step and its link
+        os.utime(out_dir / names.STEP.format(number) / names.RUN_STATE / names.STATE, ns=(when, when))
+    assert latest_step(out_dir).name == names.STEP.format(2)
+
+
+def test_a_run_without_a_step_is_told_no_way_that_leads_nowhere(tmp_path: Path):
+    (tmp_path / "out" / names.FINAL).mkdir(parents=True)
+    for resume in (True, "auto", False):
+        with pytest.raises(UserError, match="(?i)start over with `--overwrite true`") as error:
+            step_to_resume(tmp_path / "out", resume)
+        assert "resume true`" not in str(error.value) and "auto" not in str(error.value)
+    with pytest.raises(UserError, match="Use auto to begin"):
+        step_to_resume(tmp_path / "new", True)
 
 
 def test_a_link_to_a_step_that_is_gone_or_half_says_nothing_of_the_last_step(out_dir: Path):

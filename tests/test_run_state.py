@@ -66,6 +66,35 @@ def test_averages_in_few_bits_go_on_bit_for_bit_and_learning_rates_are_those_of_
     steps(range(4, 7), ratio=4.0, folder=tmp_path / "step-000003")
 
 
+class Counting(torch.optim.SGD):
+    """An optimizer that counts among what it calls its defaults, as Prodigy does."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.defaults["k"] = 0
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["k"] += 1
+
+
+def test_what_an_optimizer_counts_in_its_groups_goes_on_and_its_settings_are_those_of_this_run(tmp_path):
+    def counted(rate: float, folder: Path | None = None) -> list[tuple[int, float]]:
+        fabric, model, _ = workers.set_up()
+        optimizer = fabric.setup_optimizers(Counting(model.parameters(), lr=rate))
+        if folder is not None:
+            run_state.load_run_state(fabric, folder, model, optimizer)
+        optimizer.step()
+        run_state.save_run_state(fabric, tmp_path / "step-000001", model, optimizer, {})
+        return [(group["k"], group["lr"]) for group in optimizer.param_groups]
+
+    assert counted(0.1) == [(1, 0.1)]
+    assert counted(0.2, tmp_path / "step-000001") == [(2, 0.2)]
+
+
 def state_of(folder: Path) -> Path:
     return folder / names.RUN_STATE / names.STATE
 

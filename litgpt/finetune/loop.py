@@ -25,7 +25,7 @@ from litgpt.generate.memory import compile_blocks
 from litgpt.generate.run import stop_tokens
 from litgpt.generate.sampling import RowState
 from litgpt.hardware import find_device, parse_devices, peak_flops, products_dtype
-from litgpt.launch import PRECISIONS, cast_parameters, choose_logger, fits_each_device, launch_fabric, training_precision
+from litgpt.launch import PRECISIONS, cast_parameters, check_alone, choose_logger, fits_each_device, launch_fabric, training_precision
 from litgpt.loss import IGNORED
 from litgpt.metrics import train_flops_per_token
 from litgpt.model import GPT
@@ -143,8 +143,10 @@ def finetune(
     config, data = Config.from_checkpoint(folder), data or Alpaca()
     fits = fits_each_device(config, method.freezes, precision, devices, num_nodes, bytes_per_weight(method.quantize))
     if dry_run:
+        check_alone("dry_run")
         is_sharded = strategy == "fsdp" or (strategy == "auto" and not fits)
-        print(plan_of(method, folder, config, data, train, optimizer, precision, seed, parse_devices(devices), num_nodes, is_sharded))
+        shares = dict(n_local=parse_devices(devices), num_nodes=num_nodes, is_sharded=is_sharded, offloads=cpu_offload)
+        print(plan_of(method, folder, config, data, train, optimizer, precision, seed, **shares))
         return
     if resumed is None:
         check_room(out_dir, data, folder)
@@ -156,7 +158,7 @@ def finetune(
     tokenizer = Tokenizer(folder)
     samples, val_samples = read_samples(fabric, data, tokenizer, config, train)
     check_judged(eval, val_samples)
-    limits = Limits.of(train, len(samples), mean_length(samples))
+    limits = Limits.of(train, len(samples), mean_inputs(samples))
     shown = samples_to_show(samples, val_samples, eval)
 
     n_recomputed = recomputed_blocks(method, config, samples, train, precision, seed, fabric.world_size)
@@ -251,12 +253,14 @@ def plan_of(
     n_local: int,
     num_nodes: int,
     is_sharded: bool,
+    offloads: bool,
 ) -> str:
     """Return what a run would do and take, as text, after reading its data, but none of the model's weights."""
     fabric = launch_fabric(precision=precision)
     samples, _ = read_samples(fabric, data, Tokenizer(folder), config, train)
-    limits = Limits.of(train, len(samples), mean_length(samples))
-    how = dict(seed=seed, n_devices=n_local * num_nodes, n_local=n_local, is_sharded=is_sharded, stored=stored_dtype(folder))
+    limits = Limits.of(train, len(samples), mean_inputs(samples))
+    how = dict(seed=seed, n_devices=n_local * num_nodes, n_local=n_local, is_sharded=is_sharded, offloads=offloads)
+    how["stored"] = stored_dtype(folder)
     return plan_text(make_plan(method, config, samples, train, optimizer, precision, limits, **how))
 
 
@@ -326,6 +330,12 @@ def mean_length(samples: Sequence[Sample], n_seen: int = 1000) -> float:
     return sum(lengths) / max(1, len(lengths))
 
 
+def mean_inputs(samples: Sequence[Sample]) -> float:
+    """Return how many tokens of a sample go into the model on average: all but the last one of each text."""
+    rows = getattr(samples, "rows", None)  # of packed texts
+    return max(1.0, mean_length(samples) - (1 if rows is None else sum(map(len, rows)) / len(rows)))
+
+
 def flops_per_token(model: GPT, samples: Sequence[Sample]) -> float:
     """Return how many operations a token of a sample takes on average, for which long samples count more."""
     samples = getattr(samples, "samples", samples)  # of packed rows
@@ -387,9 +397,8 @@ def say_answer(run: Run, tokenizer: Tokenizer, samples: Sequence[Sample], eval: 
     with run.meter.paused():
         model.eval()
         try:
-            if run.step == 0:  # FSDP2 makes its buffers in the first pass; training cannot use what is made in inference mode
-                with torch.no_grad():
-                    model(torch.zeros(1, 1, dtype=torch.int64, device=run.fabric.device))
+            with torch.no_grad():  # FSDP2 makes its buffers in the first pass; training cannot use what is made in inference mode
+                model(torch.zeros(1, 1, dtype=torch.int64, device=run.fabric.device))
             row = RowState(temperature=0.8, seed=run.step)  # its own generator, so that training goes on as if nothing had been drawn
             answer = run.unless_stopped(complete(model, prompt, row, eval.max_new_tokens, stop_tokens(style, tokenizer)))
             tokens = [token for new in answer for token in new]

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,6 +15,7 @@ from litgpt import names
 from litgpt.args import OptimizerArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data.packing import Sample
+from litgpt.errors import UserError
 from litgpt.files import read_json
 from litgpt.hardware import GB, device_memory_gb, device_name, find_device, products_dtype
 from litgpt.launch import PRECISIONS
@@ -136,6 +138,7 @@ def make_plan(
     n_devices: int = 1,
     n_local: int = 1,
     is_sharded: bool = False,
+    offloads: bool = False,
     stored: torch.dtype = torch.bfloat16,
 ) -> Plan:
     """Return the plan of a run. Nothing of the model's size is allocated.
@@ -152,6 +155,7 @@ def make_plan(
         n_devices: How many there are on all machines.
         n_local: How many of them are on one machine.
         is_sharded: Whether each of them holds a slice of every weight, not all.
+        offloads: Whether those slices lie in the memory of the CPU.
         stored: In which type the model's weights lie on the disk.
 
     Raises:
@@ -163,7 +167,8 @@ def make_plan(
     found = measure(method, config, precision, batches, stored)
     if on_cpu:
         program += int(KERNEL * min(MOST_KERNELS, found.passes.n_products * batches.n_sizes))
-    memory, n_recomputed = memory_of(found, train, optimizer, batches, config.n_layer, n_devices if is_sharded else 1, program)
+    n_slices, offloads = n_devices if is_sharded else 1, offloads and not on_cpu
+    memory, n_recomputed = memory_of(found, train, optimizer, batches, config.n_layer, n_slices, offloads, program)
     if on_cpu:
         share = GAPS * -math.expm1(-(limits.max_steps or math.inf) / GAPS_STEPS) if found.passes.n_products else 0
         memory = replace(memory, gaps=int(KEPT + share * (memory.activations + memory.logits)))
@@ -194,7 +199,11 @@ def make_plan(
         n_devices=n_devices,
         savings=[],
     )
-    listed = [(flag, saved) for flag, saved in savings(method, train, optimizer, plan, found, texts) if saved >= NOTEWORTHY * memory.total]
+    known = [*savings(method, train, optimizer, plan, found, texts)]
+    if is_sharded and not on_cpu and not offloads:
+        less, _ = memory_of(found, train, optimizer, batches, config.n_layer, n_slices, True, program)
+        known.append(("--cpu_offload true", memory.total - less.total))
+    listed = [(flag, saved) for flag, saved in known if saved >= NOTEWORTHY * memory.total]
     return replace(plan, savings=sorted(listed, key=lambda pair: -pair[1]))
 
 
@@ -267,7 +276,14 @@ def _quantizable(model: GPT) -> list[tuple[str, nn.Module]]:
 
 
 def memory_of(
-    found: Measured, train: TrainArgs, optimizer: OptimizerArgs, batches: Batches, n_layer: int, n_slices: int = 1, program: int = 0
+    found: Measured,
+    train: TrainArgs,
+    optimizer: OptimizerArgs,
+    batches: Batches,
+    n_layer: int,
+    n_slices: int = 1,
+    offloads: bool = False,
+    program: int = 0,
 ) -> tuple[Memory, int]:
     """Return what a device holds at the fullest moment, and how many blocks are computed again for that.
 
@@ -278,6 +294,7 @@ def memory_of(
         batches: Says whether a step has several microbatches, so that the gradients of one are there during the next.
         n_layer: How many blocks there are.
         n_slices: Over how many devices weights, gradients and averages are spread.
+        offloads: Whether these slices lie elsewhere.
         program: What Python and torch take.
     """
     accumulates, wanted = batches.most > 1, train.activation_checkpointing
@@ -291,11 +308,12 @@ def memory_of(
         share = batches.later / batches.largest
         peak = max(peak, replace(later, activations=round(later.activations * share)), key=lambda peak: peak.total)
     whole, whole_gradients = _gathered(found) if n_slices > 1 else (0, 0)
-    state = optimizer_bytes(optimizer, found.trained)
+    slices = (found.weights - found.buffers, peak.gradients, optimizer_bytes(optimizer, found.trained))
+    weights, gradients, state = (0 if offloads else size // n_slices for size in slices)
     memory = Memory(
-        weights=(found.weights - found.buffers) // n_slices + found.buffers + whole,
-        gradients=peak.gradients // n_slices + whole_gradients,
-        optimizer=state // n_slices,
+        weights=weights + found.buffers + whole,
+        gradients=gradients + whole_gradients,
+        optimizer=state,
         activations=peak.activations,
         logits=peak.logits,
         program=program,
@@ -352,9 +370,10 @@ def savings(
     if plan.n_recomputed < n_blocks:
         peaks = [found.passes.peak(n, accumulates).total for n in (plan.n_recomputed, n_blocks)]
         yield "--train.activation_checkpointing full", peaks[0] - peaks[1]
-    if optimizer.name in ("Adam", "AdamW") and optimizer.state == "full":
-        share = optimizer_bytes(replace(optimizer, state="8bit"), found.trained) / optimizer_bytes(optimizer, found.trained)
-        yield "--optimizer.state 8bit", round(memory.optimizer * (1 - share))
+    if optimizer.state == "full":
+        with suppress(UserError):  # of optimizers and arguments that do not go with it
+            share = optimizer_bytes(replace(optimizer, state="8bit"), found.trained) / optimizer_bytes(optimizer, found.trained)
+            yield "--optimizer.state 8bit", round(memory.optimizer * (1 - share))
     if method.freezes and method.quantize is None:
         yield "--quantize bnb.nf4", round(found.n_quantizable * (PRECISIONS[plan.precision].frozen.itemsize - bytes_per_weight("bnb.nf4")))
     if not method.freezes:

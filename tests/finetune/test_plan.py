@@ -26,6 +26,7 @@ from litgpt.data.packing import PackedSamples
 from litgpt.errors import UserError
 from litgpt.finetune.adapter import ADAPTER
 from litgpt.finetune.full import FULL
+from litgpt.finetune.loop import mean_inputs
 from litgpt.finetune.lora import with_lora
 from litgpt.finetune.plan import GAPS, GAPS_STEPS, KEPT, make_plan, measure, memory_of, optimizer_bytes, recomputed_blocks, text
 from litgpt.hardware import GB
@@ -77,6 +78,7 @@ def test_batches_are_those_of_the_training_script(packing, micro_batch_size, max
     assert (found.lengths is None) == (not packing) and sum(found.lengths or [found.length]) == found.length
     assert found.most == max(map(len, fed)) and found.n_microbatches == pytest.approx(len(everything) / n_steps)
     assert found.n_tokens == pytest.approx(sum(batch.n_tokens for batch in everything) / n_steps)
+    assert mean_inputs(samples) == pytest.approx(sum(batch.n_tokens for batch in everything) / len(samples)), "`max_tokens` counts these"
     assert found.padding == pytest.approx(1 - sum(b.n_tokens for b in everything) / sum(b.ids.numel() for b in everything))
 
 
@@ -219,6 +221,24 @@ def test_a_model_that_is_sharded_takes_less_of_each_device():
     assert shared.memory.gradients == alone.memory.gradients // 4 + outside + max(blocks)
 
 
+def test_what_is_offloaded_is_on_no_device(monkeypatch):
+    batches = batches_of(Samples(), TRAIN, 0, 4)
+    given = measure(FULL, CONFIG, "32-true", batches), TRAIN, OptimizerArgs(), batches, CONFIG.n_layer, 4
+    (shared, _), (offloaded, _) = memory_of(*given), memory_of(*given, offloads=True)
+    model = GPT(CONFIG)
+    whole, *blocks = (sum(parameter.nbytes for parameter in part.parameters()) for part in (model, *model.transformer.h))
+    outside = whole - sum(blocks)
+    assert offloaded.weights == outside + 2 * max(blocks) and offloaded.gradients == outside + max(blocks) and offloaded.optimizer == 0
+    assert (offloaded.activations, offloaded.logits) == (shared.activations, shared.logits)
+    monkeypatch.setattr("litgpt.finetune.plan.find_device", lambda: torch.device("meta"))
+    monkeypatch.setattr("litgpt.finetune.plan.device_memory_gb", lambda device: 80.0)
+    monkeypatch.setattr("litgpt.finetune.plan.device_name", lambda device: "a GPU")
+    monkeypatch.setattr("litgpt.finetune.plan.PROGRAM", 0)
+    saved = dict(plan_of(n_devices=4, is_sharded=True).savings)["--cpu_offload true"]
+    assert saved == shared.total - offloaded.total > 0
+    assert "--cpu_offload true" not in dict(plan_of(n_devices=4, is_sharded=True, offloads=True).savings)
+
+
 def test_quantized_weights_are_whole_on_every_device():
     method = replace(LORA, quantize="bnb.int8")
     alone, shared = plan_of(method, n_devices=4), plan_of(method, n_devices=4, is_sharded=True)
@@ -265,6 +285,15 @@ def test_flags_save_what_is_said_and_the_best_one_is_first(monkeypatch):
     assert changed.keys() <= saved.keys()
     for flag, other in changed.items():
         assert saved[flag] == pytest.approx(found.memory.total - other.memory.total, rel=0.35), flag
+
+
+def test_an_optimizer_that_has_no_form_in_few_bits_is_planned_as_it_is(monkeypatch):
+    monkeypatch.setattr("litgpt.finetune.plan.program_bytes", lambda: 0)
+    monkeypatch.setattr("litgpt.finetune.plan.KEPT", 0)
+    flag = "--optimizer.state 8bit"
+    assert flag in dict(plan_of(optimizer=OptimizerArgs("torch.optim.AdamW")).savings), "as recipes of LitGPT name it"
+    for optimizer in (OptimizerArgs(init_args={"amsgrad": True}), OptimizerArgs("SGD")):
+        assert flag not in dict(plan_of(optimizer=optimizer).savings)
 
 
 def test_what_is_used_already_is_not_recommended(monkeypatch):

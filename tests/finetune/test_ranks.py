@@ -106,6 +106,17 @@ def test_balancing_experts_changes_what_is_learned_and_not_the_loss_that_is_logg
     assert logged(tmp_path, "grad_norm")[0] < logged(runs / "experts", "grad_norm")[0]
 
 
+def test_a_sharded_run_goes_on_from_a_step_whose_example_answer_was_not_told(bases: dict[str, Path], samples: Path, tmp_path: Path):
+    """The answer is then what the model does first; `save_best` saves the step before it."""
+    out_dir, shared = tmp_path / "out", []
+    for n, resume in ((2, False), (3, out_dir / "step-000002")):
+        made = options(samples, out_dir, dict(max_steps=n), strategy="fsdp", resume=resume)
+        made["eval"] = EvalArgs(interval=2, max_new_tokens=2, save_best=True, final_validation=False)
+        shared.append((full.__name__, bases["llama"], made))
+    assert run_on_ranks("finetune.several", 2, *shared, timeout=120) == [0, 0]
+    assert [row["step"] for row in Journal(out_dir / "logs" / "metrics.jsonl").rows() if "answer" in row] == [0, 2, 3]
+
+
 # A process that is gone
 
 
