@@ -119,17 +119,19 @@ class OptimizerArgs:
 def optimizer_fields(spec: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `OptimizerArgs` that a recipe's or a flag's `optimizer` sets.
 
+    Null sets none of them but `lr`, which may be null.
+
     Args:
         spec: A class name, a mapping with `class_path` and `init_args`, or a mapping of the fields themselves.
     """
     if isinstance(spec, str):
         return {"name": spec}
-    given = {"name" if key == "class_path" else key: value for key, value in spec.items() if value is not None}
+    given = {"name" if key == "class_path" else key: value for key, value in spec.items()}
     init_args = given.get("init_args")
     if isinstance(init_args, Mapping):
         ours = {name: value for name, value in init_args.items() if name in ("lr", "weight_decay", "betas")}
-        given = given | ours | {"init_args": {name: value for name, value in init_args.items() if name not in ours}}
-    return given
+        given |= ours | {"init_args": {name: value for name, value in init_args.items() if name not in ours}}
+    return {name: value for name, value in given.items() if value is not None or name == "lr"}
 
 
 def to_plain(value: Any) -> Any:

@@ -154,8 +154,34 @@ def dispatch(argv: list[str]) -> None:
     name, *words = argv
     if name not in COMMANDS:
         raise usage_error(f"No command is called {name!r}." + did_you_mean(name, COMMANDS))
+    options = options_of(name, recipe)
     module, function = COMMANDS[name][0].split(":")
-    run(getattr(import_module(module), function), name, words, recipe.get(name) or {})
+    run(getattr(import_module(module), function), name, words, options)
+
+
+def options_of(command: str, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a recipe above the command holds for it, under its name or another name of the same command.
+
+    Raises:
+        UserError: The recipe is one of other commands only, or holds no options.
+    """
+    if not recipe:
+        return {}
+    names = [name for name in (command, *recipe) if name in recipe and COMMANDS[name][0] == COMMANDS[command][0]]
+    if not names:
+        held = " and ".join(f"`{name}`" for name in recipe)
+        raise UserError(
+            f"The recipe above the command holds options of {held}, but none of `{command}`. Add them, or leave `--config` out."
+        )
+    options = recipe[names[0]]
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise UserError(
+            f"`{names[0]}` holds options, so it has to be a mapping, but got {options!r}. "
+            f"A file goes behind: `litgpt {command} --config FILE`."
+        )
+    return options
 
 
 def overview() -> str:

@@ -126,8 +126,10 @@ def rewritten(options: Options, argv: list[str], recipe: Mapping[str, Any]) -> l
         raise UserError(f"`litgpt {options.command}` takes {takes} without a flag, but also got {surplus!r}.")
     fields.append(dict(zip(options.positionals, positionals)))
     merged = merged_recipe(options, [*layers, *groups, *fields], {name for name, _ in flags})
-    for name, value in [*merged.items(), *flags]:
+    for name, value in merged.items():
         refuse_empty(name, value)
+    for name, value in flags:
+        refuse_empty(name, yaml_value(value, name) if name.startswith("data.") and "class_path" in value else value)
     flags.sort(key=lambda flag: flag[0].count("."))  # a class before its arguments
     return [f"--config={json.dumps(merged, default=str, ensure_ascii=False)}", *(f"--{name}={value}" for name, value in flags)]
 
@@ -156,6 +158,10 @@ def merged_recipe(options: Options, layers: Iterable[Mapping[str, Any]], flags: 
             optimizer = optimizer_fields(layer.pop("optimizer", {}))
             train = dict(layer.get("train", {}))
             older = {field: train.pop(name) for name, field in OLDER_NAMES.items() if name in train}
+            if "betas" in optimizer:
+                for earlier in (older, merged.get("optimizer", {})):
+                    earlier.pop("beta1", None)
+                    earlier.pop("beta2", None)
             layer |= {"train": train, "optimizer": older | optimizer}
         lost |= _lost(merged.get("data"), layer.get("data"))
         merge(merged, layer)
@@ -198,11 +204,14 @@ def _lost(old: Any, new: Any) -> dict[str, Any]:
 
 def refuse_empty(name: str, value: Any) -> None:
     """Raise a `UserError` for an option that names a file or folder and is empty text, for that would be the current folder."""
-    if value == "" and name.endswith(("_path", "_dir")):
+    if value == "" and name.endswith(("path", "_dir")):
         raise UserError(f"`{name}` is empty, but names a file or folder. Write . for the current folder, or leave it out.")
     if isinstance(value, Mapping):
         for inner, part in value.items():
             refuse_empty(f"{name}.{inner}", part)
+    elif isinstance(value, list):
+        for part in value:
+            refuse_empty(name, part)
 
 
 def _class_of(options: Mapping[str, Any], default: Mapping[str, Any] | None = None) -> str:

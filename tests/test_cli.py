@@ -387,6 +387,8 @@ def test_recipes_of_litgpt_are_read_by_their_commands(recipe, capsys, command, t
         ("--optimizer.init_args.momentum 0.9", {"init_args": {"momentum": 0.9}}),
         ("--optimizer.class_path torch.optim.SGD", {"name": "torch.optim.SGD"}),
         ("--optimizer.betas [0.8,0.9]", {"betas": (0.8, 0.9)}),
+        ("--optimizer.lr null", {"lr": None}),
+        ("--optimizer.init_args.lr null", {"lr": None}),
         ("--train.learning_rate 1e-3 --train.weight_decay 0", {"lr": 1e-3, "weight_decay": 0.0}),
         ("--train.beta1 0.5", {"betas": (0.5, 0.95)}),
         ("--train.beta2 0.5 --train.beta1 0.4", {"betas": (0.4, 0.5)}),
@@ -668,6 +670,28 @@ def test_help_and_printed_configurations_end_with_0(command, capsys):
     assert yaml.safe_load(capsys.readouterr().out) == {"checkpoint_dir": "m", "prompt": "What?", "sys_prompt": None, "top_k": 50}
 
 
+@pytest.mark.parametrize("held, called", [("finetune", "finetune_lora"), ("finetune_lora", "finetune")])
+def test_a_recipe_above_a_command_may_use_its_other_name(recipe, command, held, called):
+    seen = []
+
+    def planted(*, seed: int = 1) -> None:
+        seen.append(seed)
+
+    for name in (held, called):
+        command(planted, name)
+    assert cli.main(["--config", recipe(f"{held}: {{seed: 9}}\n"), called]) == 0 and seen == [9]
+
+
+def test_a_recipe_above_a_command_is_used_or_refused(recipe, command, capsys):
+    command(answer)
+    file = recipe("evaluate: {seed: 1}\nchat: other.yaml\nserve:\n")
+    assert cli.main(["--config", file, "validate"]) == 2
+    assert "holds options of `evaluate` and `chat` and `serve`, but none of `validate`" in capsys.readouterr().err
+    assert cli.main(["--config", file, "chat", "m"]) == 2
+    assert "`chat` holds options, so it has to be a mapping, but got 'other.yaml'. A file goes behind" in capsys.readouterr().err
+    assert cli.main(["--config", recipe("chat: null\n"), "chat", "m"]) == 0
+
+
 def test_an_unknown_command_gets_the_usage_and_one_line(capsys):
     assert cli.main(["finetun"]) == 2
     assert capsys.readouterr().err == f"{cli.USAGE}\nlitgpt: No command is called 'finetun'. Did you mean 'finetune'?\n"
@@ -724,6 +748,7 @@ def test_an_optimizer_is_a_name_a_class_path_or_fields():
     assert optimizer_fields("SGD") == {"name": "SGD"}
     assert optimizer_fields({"class_path": "a.B", "init_args": {"lr": 1.0, "x": 2}}) == {"name": "a.B", "lr": 1.0, "init_args": {"x": 2}}
     assert optimizer_fields({"lr": 1.0, "betas": None}) == {"lr": 1.0}
+    assert optimizer_fields({"lr": None, "init_args": {"betas": None}}) == {"lr": None, "init_args": {}}
 
 
 def test_recipes_and_paths_may_hold_any_character(recipe):

@@ -149,8 +149,11 @@ def test_a_step_moves_exactly_the_updates():
 
 def test_dropout_is_refused():
     model = GPT(tiny_config("olmoe"))
-    with pytest.raises(UserError, match="`lora_dropout` is 0 where `lora_mlp` updates experts, but got 0.05"):
+    message = "`lora_dropout` is 0 where `lora_mlp` updates experts, but got 0.05. Set it to 0, or turn `lora_mlp` off"
+    with pytest.raises(UserError, match=message):
         add_lora(model, LoRA(mlp=True))
+    with pytest.raises(UserError, match="Set it to 0, or leave out `lora_targets`"):
+        add_lora(model, LoRA(targets="all-linear"))
     assert not any(isinstance(layer, LoRALinear) for layer in model.modules())
     add_lora(model, LoRA())  # attention alone may drop
 

@@ -230,8 +230,11 @@ def test_new_dora_changes_nothing_even_where_a_row_is_zero_or_weights_come_later
 
 def test_dora_of_experts_is_refused_before_anything_is_wrapped():
     model = GPT(tiny_config("olmoe"))
-    with pytest.raises(UserError, match="`lora_dora` cannot be used where `lora_mlp` updates experts, since PEFT has no DoRA of them"):
+    message = "`lora_dora` cannot be used where `lora_mlp` updates experts, since PEFT has no DoRA of them"
+    with pytest.raises(UserError, match=f"{message}. Turn it off, or leave out `lora_targets`"):
         add_lora(model, VARIANTS["dora"])
+    with pytest.raises(UserError, match="Turn it off, or turn `lora_mlp` off"):
+        add_lora(model, LoRA(**SMALL, mlp=True, dora=True))
     assert not any(isinstance(layer, LoRALinear | LoRAExperts) for layer in model.modules())
     add_lora(model, VARIANTS["dora of q and v"])
 
@@ -293,7 +296,7 @@ def test_lora_plus_gives_b_its_own_learning_rate_and_nothing_else(model_type):
 @torch.no_grad()
 def test_litgpts_constructor_knows_the_variants():
     fields = {key: value for key, value in vars(tiny_config("llama")).items() if key in LoRAConfig.__dataclass_fields__}
-    model = LoRAGPT(LoRAConfig(**fields, lora_r=4, lora_query=True, lora_value=True, lora_targets="all-linear", lora_dora=True))
+    model = LoRAGPT(LoRAConfig(**fields, lora_r=4, lora_targets="all-linear", lora_dora=True))
     wrapped_layers = [name for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
     assert len(wrapped_layers) == 2 * 5 and "lm_head" not in wrapped_layers
     assert all(layer.lora_magnitude is not None for layer in model.modules() if isinstance(layer, LoRALinear))

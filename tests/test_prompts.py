@@ -356,6 +356,12 @@ def test_there_must_be_something_to_train_on_and_to_answer(tokenizer):
         encode_prompt(prompts.ChatML(), tokenizer, [user("P"), assistant("A")])
 
 
+def test_the_only_answer_to_train_on_has_to_count(tokenizer):
+    messages = [user("P"), assistant("A"), user("Q"), assistant("B") | {"weight": 0}]
+    with pytest.raises(UserError, match="The last answer has the `weight` 0, but"):
+        encode_training(prompts.ChatML(), tokenizer, messages, train_on="last")
+
+
 def test_stop_tokens_are_eos_the_end_of_a_turn_and_what_the_style_names(tokenizers):
     tokenizer, poor = tokenizers["byte_level"], tokenizers["byte_level without turns"]
     for name, stop in {
@@ -494,6 +500,14 @@ def test_a_prompt_that_opens_a_thought_is_kept_in_training(tmp_path):
     assert ids[: len(served)] == served and tokenizer.decode(served).endswith("<think>\n")
     assert tokenizer.decode(ids[len(served) :]).strip() == "</think>\n\nA"
     assert trained == [False] * len(served) + [True] * (len(ids) - len(served) - 1) + [False]  # not the line break behind the end
+
+
+def test_of_several_samples_only_the_last_is_trained_on_whole(tmp_path):
+    style, tokenizer, _ = with_template(tmp_path, FORGETFUL)
+    messages = [user("P"), assistant("<think>a</think>b"), user("Q"), assistant("c")]
+    answers = encode_training(style, tokenizer, messages)
+    first, (ids, trained) = encode_training(style, tokenizer, messages, train_on="all")
+    assert first == answers[0] and ids == answers[1][0] and all(trained)
 
 
 def test_a_template_that_hides_the_answer_cannot_be_trained(tmp_path):

@@ -7,10 +7,11 @@ import pytest
 from litgpt.cli import make_parser
 from litgpt.errors import UserError
 from litgpt.finetune import lora
-from litgpt.recipes import Options, rewritten
+from litgpt.recipes import Options, merged_recipe, rewritten
 
 OF_ALPACA = "{mask_prompt: false, prompt_style: alpaca, val_split_fraction: 0.1, seed: 7, ignore_index: -100, num_workers: 4, file_name: x}"
 JSON = ("--data", "JSON", "--data.json_path", "f.json")
+EMPTY_SOURCE = '[{"class_path": "JSON", "init_args": {"json_path": ""}}]'
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,12 @@ def test_nothing_is_said_where_nothing_is_lost(options, recipe, capsys, tmp_path
         ([""], "checkpoint_dir"),
         (["m", "--data", "JSON", "--data.json_path", ""], "data.json_path"),
         (["m", "--data", '{"class_path": "JSON", "init_args": {"json_path": ""}}'], "data.init_args.json_path"),
+        (["m", "--data", "Chat", "--data.path", ""], "data.path"),
+        (["m", "--data", "Mix", "--data.sources", EMPTY_SOURCE], "data.sources.init_args.json_path"),
+        (
+            ["m", "--data", f'{{"class_path": "Mix", "init_args": {{"sources": {EMPTY_SOURCE}}}}}'],
+            "data.init_args.sources.init_args.json_path",
+        ),
     ],
 )
 def test_an_empty_name_of_a_file_or_folder_is_refused(options, words, name):
@@ -62,3 +69,16 @@ def test_an_empty_name_of_a_file_or_folder_is_refused(options, words, name):
 
 def test_other_texts_may_be_empty(options):
     assert rewritten(options, ["m", "--access_token", ""], {})[-1] == "--access_token="
+
+
+@pytest.mark.parametrize(
+    ("layers", "betas"),
+    [
+        ([{"train": {"beta1": 0.5, "beta2": 0.6}}, {"optimizer": {"betas": [0.8, 0.99]}}], [0.8, 0.99]),
+        ([{"train": {"beta1": 0.5}}, {"optimizer": {"init_args": {"betas": [0.8, 0.99]}}}], [0.8, 0.99]),
+        ([{"train": {"beta1": 0.5}, "optimizer": {"betas": [0.8, 0.99]}}], [0.8, 0.99]),
+        ([{"optimizer": {"betas": [0.8, 0.99]}}, {"train": {"beta1": 0.5}}], [0.5, 0.99]),
+    ],
+)
+def test_betas_and_their_older_names_override_each_other(options, layers, betas):
+    assert merged_recipe(options, layers)["optimizer"]["betas"] == betas

@@ -104,9 +104,9 @@ def named_base(folder: Path) -> Path:
     """
     if is_file(folder / names.ADAPTER_CONFIG):
         return base_of(folder, read_json(folder / names.ADAPTER_CONFIG).get("base_model_name_or_path"))
-    if is_file(folder / names.OWN_ADAPTER):
-        return base_of(folder, read_yaml(folder / names.OWN_ADAPTER_BASE).get("checkpoint_dir"), "generate DIR --adapter {}")
-    return base_of(folder, read_hyperparameters(folder).get("checkpoint_dir"))
+    is_own = is_file(folder / names.OWN_ADAPTER)
+    name = (read_yaml(folder / names.OWN_ADAPTER_BASE) if is_own else read_hyperparameters(folder)).get("checkpoint_dir")
+    return base_of(folder, name, "generate DIR --adapter {}") if has_adapter(folder) else base_of(folder, name)
 
 
 def base_of(folder: Path, name: str | None, way: str = "merge_lora {} --pretrained_checkpoint_dir DIR") -> Path:

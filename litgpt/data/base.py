@@ -104,10 +104,8 @@ class SFTModule(DataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        trained = what_is_trained(self.train_on, self.mask_prompt)
+        what_is_trained(self.train_on, self.mask_prompt)  # refuses what contradicts itself
         check_choice("truncation", self.truncation, Truncation)
-        if self.mask_prompt is None:
-            self.mask_prompt = trained != "all"
 
     def records(self) -> tuple[Sequence[Mapping], Sequence[Mapping]]:
         """The samples to train on and those to validate on."""
@@ -251,6 +249,11 @@ class SFTDataset(Samples):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def n_kept(self) -> int:
+        """How many tokens all samples have."""
+        return sum(self.lengths)
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -267,9 +270,14 @@ class SFTDataset(Samples):
         return self._read(index)[0]
 
     def example(self, index: int) -> tuple[list[Message], str]:
-        """The messages of `data[index]` that lead to its last answer, and that answer."""
+        """The messages of `data[index]` that lead to its last answer, and that answer.
+
+        Of several messages of the assistant in a row, the first is the answer: the one before is what was asked.
+        """
         messages = self.messages(index)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        while last and messages[last - 1]["role"] == "assistant":
+            last -= 1
         return messages[:last], messages[last]["content"] or ""  # a call of a function may have no text
 
     def place(self, index: int) -> str:
@@ -337,7 +345,7 @@ class SFTDataset(Samples):
 
     def _report(self) -> None:
         total, left_out = len(self) + self.n_dropped, self.dropped[TOO_LONG]
-        lost = f"{100 * self.n_lost / max(1, self.n_lost + sum(self.lengths)):.1f}% of all tokens are lost"
+        lost = f"{100 * self.n_lost / max(1, self.n_lost + self.n_kept):.1f}% of all tokens are lost"
         what = "lose their end" if self.truncation == "right" else "lose their beginning"
         for indexes, why in (
             (self.cut, f"are longer than {self.max_seq_length} tokens and {what}; {lost}"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ class HF(SFTModule):
             raise UserError(
                 f"`val_split` {self.val_split!r} is what to validate on, so `val_split_fraction` has no meaning. Leave one out."
             )
+        if self.val_split is not None and (shared := overlap(self.split, self.val_split)):
+            raise UserError(
+                f"`split` {self.split!r} and `val_split` {self.val_split!r} share {shared!r}, so it would be trained and validated on. "
+                "Name another part or slices that lie apart, such as 'train[:90%]' and 'train[90%:]', or leave `val_split` out."
+            )
         for part in self.columns or ():
             if part not in PARTS:
                 raise UserError(f"`columns` says which column holds {', '.join(PARTS)}, but names {part!r}.{did_you_mean(part, PARTS)}")
@@ -139,6 +145,26 @@ def _checked(table: Table) -> Table:
     return table
 
 
+def named_parts(spec: str) -> list[tuple[str, str]]:
+    """Return what a split such as `train[:10]+test` takes, each time as the name of the part, and the whole term."""
+    return [(term.partition("[")[0], term) for term in map(str.strip, spec.split("+"))]
+
+
+def overlap(one: str, other: str) -> str | None:
+    """Return what two splits both take, if they do so whatever the data set holds: slices of one part may lie apart.
+
+    Args:
+        one: Such as `train[:1000]` or `train+test`.
+        other: The same.
+    """
+    common = (
+        max(term, other_term, key=len)  # the slice, if one is
+        for (name, term), (other_name, other_term) in product(named_parts(one), named_parts(other))
+        if name == other_name and (term == other_term or name in (term, other_term))
+    )
+    return next(common, None)
+
+
 def load_rows(
     repo_id: str,
     part: str,
@@ -158,23 +184,46 @@ def load_rows(
         download_dir: Where downloads are kept.
 
     Raises:
-        UserError: It cannot be had, or has no such part.
+        UserError: It cannot be had, or has no such part, configuration or version.
     """
     datasets, path = optional("datasets", "all"), Path(repo_id)
     cache = None if download_dir is None else str(download_dir)
+    is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()  # by `save_to_disk`
+    for option, value in (("name", name), ("revision", revision)):
+        if value is not None and (is_saved or path.is_file()):
+            what = "a folder that `save_to_disk` wrote" if is_saved else "a file"
+            raise UserError(f"`{option}` {value!r} has no meaning, for {repo_id} is {what}. Leave it out.")
     with clear_errors(repo_id):
         if path.is_file():
             builder = next((BUILDERS[suffix] for suffix in reversed(path.suffixes) if suffix in BUILDERS), None)  # `.gz` may come after it
             if builder is None:
                 raise UserError(f"{path} is none of the files that data sets are read from: {', '.join(BUILDERS)}. Try `--data JSON`.")
             return datasets.load_dataset(builder, data_files=str(path), split=part, cache_dir=cache)
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by `save_to_disk`
+        if is_saved:
             saved = datasets.load_from_disk(repo_id)
-            parts = saved if isinstance(saved, Mapping) else {"train": saved}
-            if part not in parts:
-                raise UserError(f"{repo_id} has no part {part!r}, but {', '.join(parts)}.{did_you_mean(part, parts)}")
-            return parts[part]
+            return sliced(saved if isinstance(saved, Mapping) else {"train": saved}, part, repo_id)
         return datasets.load_dataset(repo_id, name, split=part, revision=revision, token=token, cache_dir=cache)
+
+
+def sliced(parts: Mapping[str, Any], spec: str, repo_id: str) -> Any:
+    """Return what a split takes of the parts of a saved data set, as one `datasets.Dataset`.
+
+    Args:
+        parts: All parts.
+        spec: Such as `train[:1000]` or `train+test`.
+        repo_id: What the data set is called, for messages.
+
+    Raises:
+        UserError: There is no such part.
+    """
+    datasets = optional("datasets", "all")
+    if spec in parts:
+        return parts[spec]
+    for name, _ in named_parts(spec):
+        if name not in parts:
+            raise UserError(f"{repo_id} has no part {name!r}, but {', '.join(parts)}.{did_you_mean(name, parts)}")
+    spans = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in parts.items()})
+    return datasets.concatenate_datasets([parts[span.splitname].select(range(span.from_, span.to)) for span in spans])
 
 
 def renamed(row: Any, columns: Mapping[str, str]) -> dict[str, Any]:

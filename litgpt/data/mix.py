@@ -100,6 +100,7 @@ class MixedSamples(Samples):
         highest_id: The highest token id of all samples.
         data: The mappings of all parts, one part after the other.
         n_lost: How many tokens of `data` are cut off or missing.
+        n_kept: How many tokens the samples of all parts have, chosen or not.
         prompt_style: How the prompts of the first part are written.
     """
 
@@ -118,6 +119,7 @@ class MixedSamples(Samples):
             reason: [start + i for start, part in zip(starts, parts) for i in part.dropped[reason]] for reason in parts[0].dropped
         }
         self.n_lost = sum(part.n_lost for part in parts)
+        self.n_kept = sum(part.n_kept for part in parts)
         self.prompt_style: PromptStyle = parts[0].prompt_style
 
     def __len__(self) -> int:

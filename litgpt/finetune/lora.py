@@ -57,6 +57,7 @@ def setup(
         lora_mlp: Whether the MLPs do; in a model with experts, those, but not what chooses among them.
         lora_head: Whether the output head does.
         lora_targets: `all-linear` turns all of these on but the head's: every linear layer gets an update, and all experts.
+            `--lora_key false`, `--lora_projection false` and `--lora_mlp false` beside it change nothing: use the switches alone instead.
         lora_rslora: Divide `lora_alpha` by the root of the rank, so that updates of high ranks are not scaled down (rsLoRA).
         lora_dora: Also learn how long each row of an updated weight is, apart from its direction (DoRA). It takes more time, and learns
             more at low ranks. Not where experts are updated.

@@ -27,13 +27,12 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int = 1337) -> None:
         UserError: Inputs of experts' updates would be dropped or their rows' lengths learned, which PEFT's format cannot express; or
             the rank is beyond any layer's.
     """
+    other = "turn `lora_mlp` off" if lora.targets is None else "leave out `lora_targets`"
     if lora.mlp and lora.dropout and model.config.n_expert:
-        raise UserError(
-            f"`lora_dropout` is 0 where `lora_mlp` updates experts, but got {lora.dropout}. Set it to 0, or turn `lora_mlp` off."
-        )
+        raise UserError(f"`lora_dropout` is 0 where `lora_mlp` updates experts, but got {lora.dropout}. Set it to 0, or {other}.")
     if lora.mlp and lora.dora and model.config.n_expert:
         raise UserError(
-            "`lora_dora` cannot be used where `lora_mlp` updates experts, since PEFT has no DoRA of them. Turn one of them off."
+            f"`lora_dora` cannot be used where `lora_mlp` updates experts, since PEFT has no DoRA of them. Turn it off, or {other}."
         )
     layers = [(name, layer) for name, layer in model.named_modules() if can_be_wrapped(layer) and any(lora.enabled(name))]
     highest = max((_highest_rank(layer) for _, layer in layers), default=lora.r)
@@ -133,7 +132,10 @@ class GPT(base_model.GPT):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         if config.lora_r > 0:
-            add_lora(self, LoRA(**{field.name: getattr(config, f"lora_{field.name}") for field in fields(LoRA)}))
+            settings = {field.name: getattr(config, f"lora_{field.name}") for field in fields(LoRA)}
+            if config.lora_targets is not None:
+                settings |= dict(query=True, value=True)  # false is their default here, and no wish
+            add_lora(self, LoRA(**settings))
             self.requires_grad_(True)
 
     @classmethod

@@ -38,7 +38,10 @@ class LoRA:
     mlp: bool = False
     head: bool = False
     targets: str | None = None
-    """"all-linear" turns on every switch above but `head`, which still decides about the head; None leaves all to them."""
+    """"all-linear" turns on every switch above but `head`, which still decides about the head; None leaves all to them.
+
+    A `key`, `projection` or `mlp` that is given as false is turned on too: it cannot be told from one that is left out.
+    """
     rslora: bool = False
     """Whether the update is scaled by alpha / sqrt(r) instead."""
     dora: bool = False

@@ -36,13 +36,14 @@ def encode_training(
     """Return the samples that a conversation is trained on: their ids, and which of them are targets.
 
     In each sample the ids before an answer are those that `encode_prompt` returns for the messages before it. Where a chat template
-    changes earlier turns, each answer is a sample of its own.
+    changes earlier turns, each answer is a sample of its own, in which earlier ones are no targets.
 
     Args:
         style: How the messages are written.
         tokenizer: The tokenizer.
         messages: The conversation; what follows the last answer is left out.
-        train_on: Whether the targets are the answers and the tokens that end them (`assistant`), the `last` answer alone, or `all` tokens.
+        train_on: Whether the targets are the answers and the tokens that end them (`assistant`), the `last` answer alone, or `all` tokens
+            (of several samples only the last has those, or prompts would be learned several times).
 
     Raises:
         UserError: The messages are not a conversation with an answer.
@@ -52,6 +53,11 @@ def encode_training(
         messages.pop()
     if not messages:
         raise UserError("A conversation to train on needs a message from 'assistant'.")
+    if train_on == "last" and messages[-1].get("weight") == 0:
+        raise UserError(
+            "The last answer has the `weight` 0, but is the one that `train_on` 'last' trains on. Leave out the key, or end the "
+            "conversation before that answer."
+        )
     if train_on != "last" and any(message["role"] == "assistant" and message.get("weight") == 0 for message in messages):
         raise UserError(
             "An answer has the `weight` 0, but every answer is trained on. If only the last one of each conversation is to be, "
@@ -63,8 +69,10 @@ def encode_training(
         pieces = _pieces(pieces)
         if (len(samples) > 1 or train_on == "last") and (answers := _answers(pieces)):  # earlier answers have samples of their own, or none
             pieces = [piece._replace(trained=piece.trained and i >= answers[-1]) for i, piece in enumerate(pieces)]
-        ids, trained = _ended(style, tokenizer, *_encode(style, tokenizer, pieces))
-        encoded.append((ids, [True] * len(ids) if train_on == "all" else trained))
+        encoded.append(_ended(style, tokenizer, *_encode(style, tokenizer, pieces)))
+    if train_on == "all":
+        ids, _ = encoded[-1]
+        encoded[-1] = ids, [True] * len(ids)
     return encoded
 
 

@@ -16,6 +16,7 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint import described_by
 from litgpt.config import Config
 from litgpt.data import Alpaca, DataModule
+from litgpt.data.mix import MixedSamples
 from litgpt.data.packing import PackedSamples, Sample
 from litgpt.errors import UserError
 from litgpt.hardware import compute_dtype, peak_flops
@@ -159,8 +160,9 @@ def statistics(samples: Sequence[Sample], val_samples: Sequence[Sample]) -> Iter
     if (n_targets := getattr(samples, "n_targets", None)) is not None:
         yield f"Trained on: {sum(n_targets):,} of them, {sum(n_targets) / total:.1%}."
     n_cut, n_dropped, n_lost = (getattr(samples, name, 0) for name in ("n_cut", "n_dropped", "n_lost"))
-    lost = f"{n_lost / (n_lost + total):.1%} of all tokens are lost"
-    yield f"Too long or without a target: {counted(n_cut, 'sample')} cut, {counted(n_dropped, 'sample')} left out; {lost}."
+    where = " in all sources, drawn or not" if isinstance(samples, MixedSamples) else ""
+    lost = f"{n_lost / (n_lost + getattr(samples, 'n_kept', total)):.1%} of all tokens are lost"
+    yield f"Too long or without a target{where}: {counted(n_cut, 'sample')} cut, {counted(n_dropped, 'sample')} left out; {lost}."
 
 
 def histogram(lengths: Sequence[int]) -> Iterator[str]:

@@ -281,4 +281,4 @@ def test_it_is_made_from_flags(tmp_path):
     given = ["--data=litgpt.data.chat.Chat", f"--data.path={tmp_path}", "--data.role_key=who", "--data.train_on=last"]
     data = parser.instantiate_classes(parser.parse_args([*given, "--data.truncation=left"])).data
     assert isinstance(data, Chat) and (data.path, data.role_key, data.train_on, data.truncation) == (tmp_path, "who", "last", "left")
-    assert data.mask_prompt is True
+    assert data.mask_prompt is None

@@ -78,8 +78,36 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, tokenizer):
     data = ready(HF(str(tmp_path / "parts"), val_split="test", columns=COLUMNS), tokenizer)
     assert (len(data.train_dataset), len(data.val_dataset)) == (20, 3)
     assert len(ready(HF(str(tmp_path / "one"), columns=COLUMNS, val_split_fraction=0.0), tokenizer).train_dataset) == 20
+    for part, numbers in (("train[5:7]+test[:1]", [5, 6, 0]), ("train[-10%:]", [18, 19]), ("test", [0, 1, 2])):
+        assert load_rows(str(tmp_path / "parts"), part)["unused"] == numbers
+    with pytest.raises(UserError, match="cannot be read: Unrecognized"):
+        load_rows(str(tmp_path / "parts"), "train[")
     with pytest.raises(UserError, match="has no part 'tests', but train, test. Did you mean 'test'?"):
-        HF(str(tmp_path / "parts"), split="tests").prepare_data()
+        HF(str(tmp_path / "parts"), split="train[:2]+tests").prepare_data()
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "folder"])
+@pytest.mark.parametrize("option", ["name", "revision"])
+def test_one_saved_table_has_no_configurations_and_no_versions(tmp_path, cached, kind, option):
+    path = tmp_path / kind
+    datasets.Dataset.from_list(QUESTIONS).save_to_disk(path) if kind == "folder" else saved(QUESTIONS, path)
+    with pytest.raises(UserError, match=f"`{option}` 'x' has no meaning, for .*{kind} is a f.*Leave it out"):
+        HF(str(path), columns=COLUMNS, **{option: "x"}, **cached).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("part", "val_part", "shared"),
+    [
+        ("train", "train", "train"),
+        ("train+test", "test", "test"),
+        ("train", "test + train[:10]", "train[:10]"),
+        ("train[:10]+dev", "train[:10]", "train[:10]"),
+    ],
+)
+def test_what_is_trained_on_is_not_validated_on(part, val_part, shared):
+    with pytest.raises(UserError, match=f"share {re.escape(repr(shared))}, so it would be trained and validated on. Name another"):
+        HF("x", split=part, val_split=val_part)
+    HF("x", split="train[:90%]+dev", val_split="train[90%:]+test")
 
 
 def test_messages_are_read_and_have_no_keys_that_only_other_messages_have(tmp_path, cached):

@@ -281,4 +281,4 @@ def test_it_is_made_from_flags(tmp_path):
     arguments = ["--data=JSON", f"--data.json_path={tmp_path}", "--data.val_split_fraction=0.1", "--data.prompt_style=alpaca"]
     data = parser.instantiate_classes(parser.parse_args(arguments)).data
     assert isinstance(data, JSON) and (data.json_path, data.val_split_fraction, data.prompt_style) == (tmp_path, 0.1, "alpaca")
-    assert data.mask_prompt is True
+    assert data.mask_prompt is None

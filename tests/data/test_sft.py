@@ -9,6 +9,7 @@ import pytest
 import torch
 from templates import PUBLISHED, tokenizer_with
 
+from litgpt.args import to_plain
 from litgpt.config import Config
 from litgpt.data import JSON, DataModule, SFTDataset, get_sft_collate_fn
 from litgpt.data.base import NO_TARGET, SFTModule, highest_id, split
@@ -94,26 +95,30 @@ def test_the_last_answer_alone_is_trained_on_where_that_is_asked_for(tokenizer, 
     assert answers(tokenizer, sample).strip() == "No." and last.n_targets == [int((sample["labels"] != -100).sum())]
 
 
+def test_an_examples_prompt_ends_with_what_was_asked(tokenizer):
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    asked, *said = ({"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "One."), ("assistant", "Two.")))
+    assert SFTDataset([{"messages": [asked, *said]}], tokenizer, ChatTemplate(template)).example(0) == ([asked], "One.")
+
+
 def test_train_on_and_mask_prompt_say_the_same(tokenizer):
     def labels(**options):
         return [sample["labels"].tolist() for sample in SFTDataset([*RECORDS, TWO_TURNS], tokenizer, "alpaca", **options)]
 
     assert labels() == labels(mask_prompt=True) == labels(train_on="assistant") != labels(train_on="last")
     assert labels(mask_prompt=False) == labels(train_on="all") != labels()
-    for train_on, mask_prompt, trained, masked in (
-        (None, None, "assistant", True),
-        (None, False, "all", False),
-        (None, True, "assistant", True),
-        ("last", True, "last", True),
-        ("all", None, "all", False),
-        ("all", False, "all", False),
+    for train_on, mask_prompt, trained in (
+        (None, None, "assistant"),
+        (None, False, "all"),
+        (None, True, "assistant"),
+        ("last", True, "last"),
+        ("all", None, "all"),
+        ("all", False, "all"),
     ):
         data = Records(prompt_style="alpaca", train_on=train_on, mask_prompt=mask_prompt)
         data.connect(tokenizer)
         data.setup()
-        assert (data.train_dataset.train_on, data.mask_prompt) == (trained, masked)
-        again = Records(train_on=data.train_on, mask_prompt=data.mask_prompt)  # as saved options are read
-        assert again.mask_prompt is masked
+        assert (data.train_dataset.train_on, data.mask_prompt) == (trained, mask_prompt)
     for train_on, mask_prompt in (("all", True), ("assistant", False), ("last", False)):
         with pytest.raises(UserError, match=f"`mask_prompt` is {str(mask_prompt).lower()}, but `train_on` is '{train_on}'"):
             Records(train_on=train_on, mask_prompt=mask_prompt)
@@ -488,8 +493,9 @@ def test_what_finetuning_does_not_follow_is_said():
     assert "training scripts put batches together without them" in docs["num_workers"]
 
 
-def test_prompts_are_masked_by_default():
-    assert Records().mask_prompt is True and Records().ignore_index == -100
+def test_the_options_that_a_run_wrote_down_can_be_overridden():
+    saved = to_plain(Records())["init_args"]
+    assert saved["ignore_index"] == -100 and Records(**saved | {"train_on": "all"}).train_on == "all"
 
 
 def test_a_module_without_tokenizer_or_samples_says_so(tokenizer):

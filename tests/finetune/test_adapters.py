@@ -16,7 +16,7 @@ from torch import Tensor
 from litgpt import LLM, cli, names
 from litgpt.adapter_v2 import adapter_filter, is_new
 from litgpt.args import EvalArgs, OptimizerArgs, TrainArgs
-from litgpt.checkpoint import load_model, write_checkpoint
+from litgpt.checkpoint import load_model, named_base, write_checkpoint
 from litgpt.data import JSON
 from litgpt.errors import MissingFile, UserError
 from litgpt.finetune import adapter, adapter_v2, full, lora
@@ -169,6 +169,16 @@ def test_a_base_that_has_moved_is_named_in_one_sentence_that_says_how_to_go_on(r
         assert cli.main(["generate", str(tmp_path / "final")]) == 2
     assert f"'{moved}' of {tmp_path}/final is not there. Name it with: generate DIR --adapter" in capsys.readouterr().err
     assert cli.main(["generate", str(base), "--adapter", str(tmp_path / "final"), *SHORT]) == 0
+
+
+def test_a_base_that_has_moved_is_named_the_same_way_beside_a_step_and_litgpts_adapter(runs, tmp_path: Path):
+    step, litgpts = shutil.copytree(runs["adapter"] / "step-000009", tmp_path / "step"), tmp_path / "litgpts"
+    litgpts.mkdir()
+    (litgpts / names.LIT_ADAPTER_V2).touch()
+    for folder in (step, litgpts):
+        (folder / names.HYPERPARAMETERS).write_text("checkpoint_dir: nowhere\n")
+        with pytest.raises(MissingFile, match=f"Name it with: generate DIR --adapter {folder}"):
+            named_base(folder)
 
 
 @pytest.mark.parametrize("module", [adapter, lora], ids=["adapter", "lora"])

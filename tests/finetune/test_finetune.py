@@ -287,7 +287,7 @@ def test_a_signal_saves_the_step_and_the_run_can_go_on(run, tmp_path: Path, monk
         run()
     assert stopped.value.code == 128 + signal.SIGTERM
     (saved,) = (tmp_path / "out").glob("step-*")
-    assert saved.name in ("step-000003", "step-000004") and (tmp_path / "out" / "last").resolve() == saved.resolve()
+    assert saved.name == "step-000003" and (tmp_path / "out" / "last").resolve() == saved.resolve()
     run(resume="auto")
     assert weights(tmp_path / "out" / "final").keys() == weights(reference / "final").keys()
     for name, weight in weights(reference / "final").items():
@@ -467,7 +467,7 @@ def test_options_that_a_resumed_run_changes_are_said(run, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (dict(mask_prompt=False), r"\(changed: data.init_args.mask_prompt true -> false\)"),
+        (dict(mask_prompt=False), r"\(changed: data.init_args.mask_prompt null -> false\)"),
         (dict(prompt_style="alpaca"), r"\(changed: data.init_args.prompt_style null -> alpaca\)"),
         ({}, r"\(the data's files or the tokenizer changed\)"),
     ],

@@ -1,18 +1,22 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from oracle import pair
+from peft import LoraConfig, get_peft_model
 from tiny import facts, tiny_config
 from transformers import AutoModelForCausalLM
 
-from litgpt import cli
-from litgpt.checkpoint import write_adapter, write_checkpoint
+from litgpt import cli, names
+from litgpt.checkpoint import find_adapter, load_model, write_adapter, write_checkpoint
 from litgpt.families import FAMILIES
+from litgpt.hardware import PRODUCTS
 from litgpt.lora import LoRA, LoRALinear, add_lora, merge_lora_weights
 from litgpt.model import GPT
+from litgpt.scripts.merge_lora import merge_lora
 
 
 def checkpoint(path, family="llama", **changes):
@@ -68,9 +72,11 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+SETTINGS = LoRA(r=2, alpha=4, dropout=0.0, key=True, mlp=True)
+
+
 def tuned(model):
-    settings = LoRA(r=2, alpha=4, dropout=0.0, key=True, mlp=True)
-    add_lora(model, settings)
+    add_lora(model, SETTINGS)
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
             torch.nn.init.normal_(layer.lora_B)
@@ -99,21 +105,73 @@ def test_merging_litgpts_lora_files_makes_a_folder_that_transformers_loads(moved
     assert cli.main(["merge_lora", str(folder)]) == 0, "merged already"
 
 
+@pytest.fixture
+def adapted(tmp_path):
+    """PEFT's model, whose adapter is in `tmp_path / "adapter"` and its base in `tmp_path / "base"`."""
+    _, theirs = checkpoint(tmp_path / "base")
+    model = get_peft_model(theirs, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
 @torch.no_grad()
-def test_merging_a_peft_adapter_equals_peft(tmp_path):
-    from peft import LoraConfig, get_peft_model
+def test_merging_a_peft_adapter_equals_peft_and_adds_it_once(adapted, tmp_path, capsys):
+    base, folder, idx = tmp_path / "base", tmp_path / "adapter", torch.randint(10, (1, 9))
+    command = ["merge_lora", str(folder), "--pretrained_checkpoint_dir", str(base)]
+    assert cli.main([*command, "--precision", "32-true"]) == 0
+    expected = adapted(idx).logits
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(idx).logits, expected, rtol=0, atol=1e-5)
+    assert find_adapter(folder) == folder / "adapter"
+    torch.testing.assert_close(load_model(base, adapter=find_adapter(folder))(idx), expected, rtol=0, atol=1e-5)
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert "merged already" in capsys.readouterr().out
 
-    ours, theirs = checkpoint(tmp_path / "base")
-    adapted = get_peft_model(theirs, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-    argv = ["merge_lora", str(tmp_path / "adapter"), "--pretrained_checkpoint_dir", str(tmp_path / "base"), "--precision", "32-true"]
-    assert cli.main(argv) == 0
-    idx = torch.randint(10, (1, 9))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    from safetensors.torch import load_file
 
-    merged.load_state_dict(load_file(tmp_path / "adapter" / "model.safetensors"), strict=False)
-    torch.testing.assert_close(merged(idx).logits, adapted(idx).logits, rtol=0, atol=1e-5)
+@torch.no_grad()
+@pytest.mark.parametrize("n_moved", [0, 1, 4])
+def test_merging_goes_on_where_it_was_killed(n_moved, adapted, tmp_path, monkeypatch):
+    base, folder, idx = tmp_path / "base", tmp_path / "adapter", torch.randint(10, (1, 9))
+    moves, move = iter(range(n_moved)), Path.replace
+
+    def killed(path, target):
+        next(moves)
+        return move(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(Path, "replace", killed)
+        merge_lora(folder, base, max_shard_size="10KB")
+    assert not list(folder.glob("model*")) or not (folder / names.ADAPTER_CONFIG).exists(), "it would be added twice"
+    merge_lora(folder, base)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and not list(folder.glob(".*"))
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(idx).logits, adapted(idx).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(load_model(base, adapter=find_adapter(folder))(idx), adapted(idx).logits, rtol=0, atol=1e-5)
+
+
+def test_a_folder_where_the_updates_would_move_to_is_not_overwritten(adapted, tmp_path, capsys):
+    (tmp_path / "adapter" / "adapter").mkdir()
+    assert cli.main(["merge_lora", str(tmp_path / "adapter"), "--pretrained_checkpoint_dir", str(tmp_path / "base")]) == 2
+    assert f"{tmp_path}/adapter/adapter is in the way" in capsys.readouterr().err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["32-true", "16-true"])
+@pytest.mark.parametrize("layout", ["litgpt", "peft"])
+def test_the_sum_is_rounded_to_the_type_that_is_asked_for_alone(layout, precision, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "run"
+    model, _ = checkpoint(tmp_path / "source")
+    write_checkpoint(base, model.state_dict(), model.config, source=tmp_path / "source", dtype=torch.bfloat16)
+    model, options = tuned(load_model(base, torch.float32))
+    folder.mkdir()
+    if layout == "peft":
+        write_adapter(folder, model, SETTINGS, str(base))
+    else:
+        torch.save({n: t for n, t in model.state_dict().items() if "lora_" in n}, folder / "lit_model.pth.lora")
+        (folder / "hyperparameters.yaml").write_text(yaml.safe_dump(dict(checkpoint_dir=str(base), **options)))
+    assert cli.main(["merge_lora", str(folder), "--precision", precision]) == 0
+    merge_lora_weights(model)
+    expected = {name: tensor.to(PRODUCTS[precision]) for name, tensor in model.state_dict().items()}
+    torch.testing.assert_close(dict(load_model(folder).state_dict()), expected, rtol=1e-3, atol=1e-6)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from speaking import make_checkpoint
 from litgpt.args import TrainArgs
 from litgpt.cli import run
 from litgpt.config import Config
-from litgpt.data import JSON, DataModule, TextFiles
+from litgpt.data import JSON, DataModule, Mix, TextFiles
 from litgpt.errors import UserError
 from litgpt.finetune.loop import read_samples
 from litgpt.scripts.preview_data import costs, histogram, marks, pieces, preview_data, shown, statistics
@@ -90,6 +90,16 @@ def test_statistics_count_every_sample(base, file):
     assert f"shortest {lengths[0]}, mean {sum(lengths) / len(lengths):.1f}, median {lengths[(len(lengths) + 1) // 2 - 1]}" in said
     assert f"longest {lengths[-1]}; {sum(lengths):,} in all" in said and samples.n_dropped > 0
     assert f"{samples.n_dropped} samples left out" in said and f"Trained on: {sum(samples.n_targets):,} of them" in said
+
+
+def test_the_tokens_that_a_mix_lost_are_those_of_all_its_sources(base, file):
+    data = Mix([JSON(json_path=file, val_split_fraction=0.1)], weights=[1.0], n_samples=2)
+    data.connect(Tokenizer(base), 1, 60)
+    data.setup()
+    [part] = data.train_dataset.parts
+    *_, said = statistics(data.train_dataset, data.val_dataset)
+    share = part.n_lost / (part.n_lost + sum(part.lengths))
+    assert f"in all sources, drawn or not: {part.n_cut} samples cut" in said and f"; {share:.1%} of all tokens are lost" in said
 
 
 @pytest.mark.parametrize("lengths", [[5], [3, 3, 3], list(range(1, 100)), [7, 1000]])
