@@ -21,6 +21,7 @@ import speaking
 import torch
 from deploy.browser import chromium
 from finetune.run_and_kill import at_call, run_on_ranks
+from lightning.fabric.plugins.precision import Precision
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
@@ -340,7 +341,7 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_step_layer_and_samples(
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(run, tmp_path: Path, monkeypatch, scaled: bool):
     if scaled:  # the scaler of fp16's gradients passes over such steps; one that is turned off stands for it, for fp16 is for GPUs
-        monkeypatch.setattr("litgpt.training.loss_scaler", lambda fabric: torch.amp.GradScaler("cpu", enabled=False))
+        monkeypatch.setattr(Precision, "scaler", torch.amp.GradScaler("cpu", enabled=False), raising=False)
     calls, forward_backward = iter(range(1, 100)), loop.forward_backward
     spoiled = lambda *args: forward_backward(*args) * (math.nan if next(calls) == 2 else 1)  # noqa: E731
     monkeypatch.setattr(loop, "forward_backward", spoiled)
