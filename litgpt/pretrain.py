@@ -113,7 +113,8 @@ def setup(
     samples, val_samples = read_samples(fabric, data, origin, train)
     length = len(samples[0]) - 1  # targets of one sample
     if resumed is not None and train.global_batch_size is None:  # what was chosen then, for another limit would choose another
-        train = replace(train, global_batch_size=saved_counters(resumed).get("train.global_batch_size"))
+        chosen = saved_counters(resumed).get("train.global_batch_size")
+        train = replace(train, global_batch_size=chosen if isinstance(chosen, int) and chosen > 0 else None)
     train = with_batch_size(train, len(samples), length, data_share(fabric)[1])
     limits = Limits.of(train, len(samples), length)
     optimizer = replace(optimizer, lr=peak_learning_rate(origin) if optimizer.lr is None else optimizer.lr)

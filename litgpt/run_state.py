@@ -391,7 +391,7 @@ def _accelerator() -> str | None:
 def _own_values(group: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Return what an optimizer counts in a group, which is not among its settings: those are the arguments of its class."""
     settings = inspect.signature(type(getattr(optimizer, "optimizer", optimizer))).parameters  # out of Fabric's wrapper
-    return {key: value for key, value in group.items() if key != "lr_ratio" and key not in settings}
+    return {key: value for key, value in group.items() if key not in ("params", "lr_ratio", *settings)}
 
 
 def _machine(fabric: Fabric) -> dict[str, Any]:

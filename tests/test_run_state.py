@@ -69,8 +69,8 @@ def test_averages_in_few_bits_go_on_bit_for_bit_and_learning_rates_are_those_of_
 class Counting(torch.optim.SGD):
     """An optimizer that counts among what it calls its defaults, as Prodigy does."""
 
-    def __init__(self, params, lr=1e-3, weight_decay=0.0):
-        super().__init__(params, lr=lr, weight_decay=weight_decay)
+    def __init__(self, weights, lr=1e-3, weight_decay=0.0):
+        super().__init__(weights, lr=lr, weight_decay=weight_decay)
         self.defaults["k"] = 0
         for group in self.param_groups:
             group["k"] = 0
